@@ -1,0 +1,1 @@
+"""The mathematics: losses, advantages, KL, log-probabilities and one optimisation step. Tensors and floats only."""

@@ -1,0 +1,86 @@
+"""KL divergence between policy and reference: estimators from sampled tokens, the exact sum, and the controllers.
+
+Sign: `log_ratio` is log pi(token) - log pi_ref(token) on tokens sampled from pi, so that the mean of every estimator is
+(an estimate of) KL(pi || pi_ref) >= 0. Source of k1, k2, k3: J. Schulman, "Approximating KL Divergence" (2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlhf.infra.config import Config
+
+# exp(-log_ratio) of k3 overflows fp32 beyond 88 and drowns every other token long before.
+MAX_LOG_RATIO = 20.0
+
+
+def k1(log_ratio: Tensor) -> Tensor:
+    """r: unbiased, any sign, high variance. As a loss its gradient is zero in expectation; use it in the reward."""
+    return log_ratio
+
+
+def k2(log_ratio: Tensor) -> Tensor:
+    """r^2 / 2: biased, low variance; as a loss its on-policy gradient is that of KL(pi || pi_ref)."""
+    return log_ratio.square() / 2
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """exp(-r) - 1 + r: unbiased and never negative; as a loss its gradient is that of KL(pi_ref || pi).
+
+    -r is clamped to at most 20, where exp is already 5e8; the caller counts clamped tokens with `clamped_share`.
+    """
+    return torch.exp((-log_ratio).clamp(max=MAX_LOG_RATIO)) - 1 + log_ratio
+
+
+def clamped_share(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """Share of counted tokens whose log-ratio is beyond what the estimators and the PPO ratio take unclamped."""
+    return (log_ratio[mask].abs() > MAX_LOG_RATIO).float().mean()
+
+
+def exact_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """KL(pi || pi_ref) over the whole vocabulary, in nats: (..., V) and (..., V) to (...)."""
+    log_p, log_q = logits.log_softmax(dim=-1), reference_logits.log_softmax(dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+class KLConfig(Config):
+    """How the distance from the reference is paid for."""
+
+    coefficient: float = Field(0.05, ge=0, description="beta: reward lost per nat of KL(policy || reference)")
+    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="per-token estimate that enters the reward")
+    controller: Literal["fixed", "adaptive"] = Field("fixed", description="whether beta follows a target KL")
+    target: float = Field(6.0, gt=0, description="adaptive: nats per response that beta steers to")
+    horizon: float = Field(10_000.0, gt=0, description="adaptive: responses over which beta may change by about 20 %")
+
+
+@dataclass(frozen=True)
+class KLController:
+    """The KL coefficient over time: constant, or steered to a target (arXiv:1909.08593 section 2.2).
+
+    `updated` returns a new controller; the coefficient is state that a checkpoint must hold.
+    """
+
+    coefficient: float
+    target: float | None = None
+    horizon: float = 10_000.0
+
+    @classmethod
+    def from_config(cls, config: KLConfig) -> KLController:
+        adaptive = config.controller == "adaptive"
+        return cls(config.coefficient, config.target if adaptive else None, config.horizon)
+
+    def updated(self, mean_kl: float, num_responses: int) -> KLController:
+        """beta *= 1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon, with KL in nats per response of the last batch."""
+        if self.target is None:
+            return self
+        error = min(max(mean_kl / self.target - 1.0, -0.2), 0.2)
+        return replace(self, coefficient=self.coefficient * (1.0 + error * num_responses / self.horizon))
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

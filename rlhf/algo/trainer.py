@@ -1,0 +1,171 @@
+"""One optimizer step, for any loss: accumulate micro-batches, check finite, clip, step, schedule, count.
+
+The trainer never learns which algorithm it serves. A recipe hands it micro-batches and a function from a micro-batch to
+a `LossOutput` whose loss and metrics are already divided by the counts of the whole step: parts then simply add up, and
+the gradient does not depend on how the step was cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from rlhf.infra.checkpoint import optimizer_tensors, restore_optimizer
+from rlhf.infra.config import Config
+
+MicroBatch = TypeVar("MicroBatch")
+
+
+class OptimizerConfig(Config):
+    """AdamW and its learning-rate schedule, under the names of Hugging Face's training arguments."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    adam_epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay, on matrices only")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="shape of the schedule after warm-up, over all optimizer steps"
+    )
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of the steps over which the rate rises from 0")
+    max_nonfinite_steps: int = Field(5, ge=1, description="skipped steps in a row after which the run stops")
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of one micro-batch and metrics that add up over the micro-batches of a step."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did. `skipped`: a non-finite loss or gradient was met and the weights did not move."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    metrics: Mapping[str, float]
+
+
+class NonFiniteError(RuntimeError):
+    """Too many optimizer steps in a row had a loss or gradient that was not finite."""
+
+
+class Trainer:
+    """Owns optimizer, schedule, loss scaling and counters for a fixed list of named parameters."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        num_training_steps: int,
+        *,
+        scale_loss: bool = False,
+    ) -> None:
+        """`scale_loss`: float16 autocast, whose small gradients would vanish unscaled."""
+        if not parameters:
+            raise ValueError("nothing to train: no parameter requires a gradient")
+        self.parameters, self.config = dict(parameters), config
+        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
+        vectors = [p for p in self.parameters.values() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+        )
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=math.ceil(config.warmup_ratio * num_training_steps),
+            num_training_steps=num_training_steps,
+        )
+        device_type = next(iter(self.parameters.values())).device.type
+        self.scaler = torch.amp.GradScaler(device_type, enabled=scale_loss)
+        self.step_count = self.skipped_count = self.skipped_in_a_row = 0
+
+    def step(self, micro_batches: Iterable[MicroBatch], loss_fn: Callable[[MicroBatch], LossOutput]) -> StepReport:
+        """Run one optimizer step over the micro-batches.
+
+        Raises:
+            NonFiniteError: `max_nonfinite_steps` steps in a row had to be skipped.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        total, metrics = 0.0, dict[str, float]()
+        for micro_batch in micro_batches:
+            output = loss_fn(micro_batch)
+            self.scaler.scale(output.loss).backward()  # type: ignore[no-untyped-call]
+            total += float(output.loss.detach())
+            for name, value in output.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + float(value)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm))
+        skipped = not (math.isfinite(total) and math.isfinite(grad_norm))
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self._apply(skipped, total)
+        return StepReport(self.step_count, total, grad_norm, learning_rate, skipped, metrics)
+
+    def _apply(self, skipped: bool, loss: float) -> None:
+        if skipped:
+            self.skipped_count += 1
+            self.skipped_in_a_row += 1
+            culprit = self._first_nonfinite() or f"loss ({loss})"
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.skipped_in_a_row >= self.config.max_nonfinite_steps:
+                raise NonFiniteError(
+                    f"{self.skipped_in_a_row} optimizer steps in a row were not finite, first in {culprit}; the weights "
+                    "are those of the last good step. Lower the learning rate, or use dtype fp32"
+                )
+        else:
+            self.skipped_in_a_row = 0
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        # A skipped step still counts: the schedule stays a function of the step number alone.
+        self.scheduler.step()
+        self.step_count += 1
+
+    def _first_nonfinite(self) -> str | None:
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                return f"the gradient of {name}"
+        return None
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything needed to go on: optimizer moments as tensors, schedule, scaler and counters as plain values."""
+        plain = {
+            "scheduler": {"last_epoch": self.scheduler.last_epoch, "_last_lr": self.scheduler.get_last_lr()},
+            "scaler": self.scaler.state_dict(),
+            "counts": [self.step_count, self.skipped_count, self.skipped_in_a_row],
+        }
+        return optimizer_tensors(self.optimizer), plain
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Continue exactly where `state` was taken."""
+        restore_optimizer(self.optimizer, dict(tensors))
+        self.scheduler.last_epoch = plain["scheduler"]["last_epoch"]
+        self.scheduler._last_lr = list(plain["scheduler"]["_last_lr"])
+        for group, learning_rate in zip(self.optimizer.param_groups, self.scheduler._last_lr, strict=True):
+            group["lr"] = learning_rate
+        if plain["scaler"]:
+            self.scaler.load_state_dict(plain["scaler"])
+        self.step_count, self.skipped_count, self.skipped_in_a_row = plain["counts"]
+
+
+def mean_reports(reports: Sequence[StepReport]) -> dict[str, float]:
+    """Average the metrics of several optimizer steps, for one log line; each step weighs the same."""
+    names = sorted({name for report in reports for name in report.metrics})
+    present = {name: [r.metrics[name] for r in reports if name in r.metrics] for name in names}
+    return {name: sum(values) / len(values) for name, values in present.items()}

@@ -1,0 +1,207 @@
+"""The command `rlhf`: one verb per recipe; it reads a config, calls the recipe and says where things are.
+
+Exit codes: 0 done, 1 failed, 2 refused (bad input, one sentence says why), 130 interrupted (a checkpoint was written).
+Recipes are imported inside the verbs, so that `rlhf --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from rlhf.infra.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf.infra.experiment import Run
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Reinforcement learning from human feedback, from a base model to a report.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
+app.add_typer(config_app, name="config")
+
+ConfigOption = Annotated[
+    Optional[Path], typer.Option("--config", "-c", help="YAML file of differences from the defaults.")
+]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="Settings as section.key=value.", show_default=False)]
+
+
+@app.command()
+def pretrain(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Train a small base model and its tokenizer from nothing."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.pretrain import PretrainConfig, run_pretrain
+
+    _say(run_pretrain(load_config(PretrainConfig, config, overrides or ())))
+
+
+@app.command()
+def sft(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Supervised fine-tuning on answers."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.sft import SFTConfig, run_sft
+
+    _say(run_sft(load_config(SFTConfig, config, overrides or ())))
+
+
+@app.command()
+def rm(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Train a reward model on preference pairs."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.reward import RewardConfig, run_reward
+
+    _say(run_reward(load_config(RewardConfig, config, overrides or ())))
+
+
+@app.command()
+def dpo(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Direct preference optimisation."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.dpo import DPOConfig, run_dpo
+
+    _say(run_dpo(load_config(DPOConfig, config, overrides or ())))
+
+
+@app.command()
+def ppo(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """PPO against a reward model, rules or functions."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.ppo import run_ppo
+    from rlhf.recipes.ppo_config import PPOConfig
+
+    _say(run_ppo(load_config(PPOConfig, config, overrides or ())))
+
+
+@app.command("eval")
+def evaluate(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Compare models on the same prompts and write a report."""
+    from rlhf.eval.report import summary_table
+    from rlhf.infra.config import load_config
+    from rlhf.infra.logger import console
+    from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
+
+    run, report = run_evaluation(load_config(EvaluateConfig, config, overrides or ()))
+    console().print(summary_table(report.report))
+    _say(run)
+    typer.echo(f"report: {report.html}")
+
+
+@app.command()
+def pipeline(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """All stages in one go: SFT, reward model, DPO, PPO, evaluation, report."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.pipeline import PipelineConfig
+
+    _pipeline(load_config(PipelineConfig, config, overrides or ()))
+
+
+@app.command()
+def resume(folder: Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)]) -> None:
+    """Take an interrupted run up where its last checkpoint is."""
+    from rlhf.recipes.resume import resume_run
+
+    run = resume_run(folder, _pipeline)
+    if run is not None:
+        _say(run)
+
+
+@app.command()
+def generate(
+    source: Annotated[str, typer.Argument(help="Run, folder or hub name.", show_default=False)],
+    prompts: Annotated[list[str], typer.Argument(help="What to ask.", show_default=False)],
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    system: Annotated[Optional[str], typer.Option(help="System prompt.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+) -> None:
+    """Answer prompts with any model."""
+    from rlhf.recipes.generate import Responder
+
+    responder = Responder.load(source, output_dir, temperature, max_new_tokens, system)
+    for prompt, answer in zip(prompts, responder.answers([[_user(p)] for p in prompts], seed), strict=True):
+        typer.echo(f"> {prompt}\n{answer}\n")
+
+
+@app.command()
+def chat(
+    source: Annotated[str, typer.Argument(help="Run, folder or hub name.", show_default=False)],
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    system: Annotated[Optional[str], typer.Option(help="System prompt.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+) -> None:
+    """Talk to a model; an empty line or end of file ends it."""
+    from rlhf.recipes.generate import Responder
+
+    responder = Responder.load(source, output_dir, temperature, max_new_tokens, system)
+    messages: list[dict[str, str]] = []
+    while said := _ask():
+        messages.append(_user(said))
+        answer = responder.answers([messages], seed + len(messages))[0]
+        messages.append({"role": "assistant", "content": answer})
+        typer.echo(answer)
+
+
+@config_app.command("show")
+def config_show(recipe: str, config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Print a recipe's resolved configuration as YAML."""
+    from rlhf.infra.config import load_config, to_yaml
+    from rlhf.recipes.resume import config_class
+
+    typer.echo(to_yaml(load_config(config_class(recipe), config, overrides or ())), nl=False)
+
+
+def main() -> None:
+    """Entry point: errors that the user can mend become one sentence and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"rlhf: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"\nrlhf: {error or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _pipeline(config: object, folder: Path | None = None) -> None:
+    from rlhf.eval.report import summary_table
+    from rlhf.infra.logger import console
+    from rlhf.recipes.pipeline import PipelineConfig, run_pipeline
+
+    assert isinstance(config, PipelineConfig)
+    run, report = run_pipeline(config, folder)
+    if report is not None:
+        console().print(summary_table(report.report))
+    _say(run)
+    if report is not None:
+        typer.echo(f"report: {report.html}")
+
+
+def _say(run: Run) -> None:
+    cost = run.info.get("cost", {})
+    typer.echo(f"run: {run.folder} ({cost.get('seconds', 0):.1f} s)")
+    if run.stop_reason == "max_minutes":
+        typer.echo(f"the time budget is spent; go on with: {run.resume_command}")
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Which data a recipe reads, which of its rows it keeps and how they are cut to length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from rlhf.data.reading import data_files
+from rlhf.infra.config import Config
+
+TINYCHAT = "tinychat"
+HH_NAME = "Anthropic/hh-rlhf"
+
+
+class SourceConfig(Config):
+    """Where rows come from and which of them are held back for validation: the part every data config shares."""
+
+    name: str = Field(
+        default=TINYCHAT, description="tinychat (the built-in world) or a hub name; read when train_files is empty"
+    )
+    train_files: tuple[str, ...] = Field(default=(), description="files, globs, folders or hub names to train on")
+    validation_files: tuple[str, ...] = Field(
+        default=(), description="the same for validation; empty: validation_split or validation_fraction decides"
+    )
+    split: str = Field(default="train", description="split of the hub data set or folder to train on")
+    validation_split: str | None = Field(
+        default=None, description="split of the same source to validate on, such as test"
+    )
+    data_dir: str | None = Field(default=None, description="folder inside the hub repository, such as helpful-base")
+    columns: dict[str, str] = Field(default={}, description="renamed columns, {name expected: name in the data}")
+    validation_fraction: float = Field(
+        default=0.05, ge=0.0, lt=1.0, description="share of the prompts held back for validation; 0: none"
+    )
+    split_seed: int = Field(
+        default=0, ge=0, description="chooses those prompts; keep it the same in every stage of a pipeline"
+    )
+    max_samples: int | None = Field(
+        default=None, ge=1, description="at most this many training examples, drawn at random"
+    )
+    max_validation_samples: int | None = Field(default=None, ge=1, description="the same for validation")
+    system_prompt: str | None = Field(default=None, description="put before prompts that bring no system message")
+    hh_as_messages: bool = Field(default=False, description="turn Human:/Assistant: transcripts into messages")
+
+    @field_validator("train_files", "validation_files", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        idle: dict[str, str] = {}
+        if self.validation_files:
+            idle["validation_fraction"] = "validation_files names the validation data"
+        elif self.validation_split is not None:
+            idle["validation_fraction"] = "validation_split names the validation data"
+        if self.is_tinychat:
+            reason = "the built-in world tinychat has none; name data.train_files or data.name"
+            idle |= {"split": reason, "validation_split": reason, "data_dir": reason, "columns": reason}
+        return idle
+
+    @property
+    def is_tinychat(self) -> bool:
+        """Whether training rows come from the built-in world."""
+        return self.source == (TINYCHAT,)
+
+    @property
+    def source(self) -> tuple[str, ...]:
+        """What is trained on: files, folders, globs or hub names."""
+        return self.train_files or (self.name,)
+
+    def files(self) -> list[Path]:
+        """Return every file on disk this config reads (none for hub names), for the hashes in a run's record."""
+        named: list[Path] = []
+        if not self.is_tinychat:
+            named += [file for one in self.source for file in data_files(one, self.split)]
+            if self.validation_split is not None and not self.validation_files:
+                named += [file for one in self.source for file in data_files(one, self.validation_split)]
+        for one in self.validation_files:
+            named += data_files(one, self.validation_split or "validation")
+        return list(dict.fromkeys(named))
+
+
+class DataConfig(SourceConfig):
+    """A source whose rows are prompts with answers, filtered by their length in tokens."""
+
+    min_length: int = Field(default=10, ge=1, description="shortest prompt + answer kept, in tokens")
+    max_length: int = Field(default=512, ge=2, description="longest prompt + answer kept, in tokens")
+    overlong: Literal["drop", "truncate_prompt"] = Field(
+        default="drop", description="what happens above max_length: drop the row, or cut the prompt's beginning off"
+    )
+
+
+class InstructionDataConfig(DataConfig):
+    """Rows to imitate, and which of their tokens are trained."""
+
+    train_on: Literal["all", "last", "every_token"] = Field(
+        default="all", description="every assistant turn, the last one, or every token (pretraining)"
+    )
+
+
+class PromptDataConfig(SourceConfig):
+    """Rows whose prompts are answered by the policy."""
+
+    max_prompt_length: int = Field(default=256, ge=1, description="longest prompt kept, in tokens")

@@ -1,0 +1,1 @@
+"""Evaluation on stored samples: metrics with intervals, win-rates, refusals, plots and the report. No model code."""

@@ -1,0 +1,1 @@
+"""What every run stands on: configuration, errors, devices, seeds, checkpoints, logs and run folders."""

@@ -1,0 +1,263 @@
+"""One run of one recipe: its folder, and everything that must be on disk before step 1.
+
+runs/<name>/
+    config.yaml    the resolved configuration and which keys the user set
+    run.json       recipe, seed, versions, commit, threads, data hashes, lineage, status
+    logs/  tb/     see rlhf.infra.logger
+    checkpoints/   see rlhf.infra.checkpoint
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rlhf.infra.checkpoint import Checkpoint, CheckpointStore
+from rlhf.infra.config import Config, to_yaml
+from rlhf.infra.determinism import seed_everything
+from rlhf.infra.device import DeviceName, DtypeName, check_dtype, resolve_device, set_num_threads
+from rlhf.infra.durable import write_json, write_text
+from rlhf.infra.errors import UserError
+from rlhf.infra.interrupt import InterruptFlag
+from rlhf.infra.logger import RunLogger, check_wandb_installed
+from rlhf.infra.run_folder import (
+    CONFIG,
+    LOCK,
+    RUN_INFO,
+    FolderLock,
+    data_hashes,
+    git_commit,
+    package_versions,
+    read_run_info,
+    utc_now,
+)
+
+Status = Literal["running", "finished", "interrupted", "failed"]
+StopReason = Literal["interrupted", "max_minutes"]
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class RunConfig(Config):
+    """Where a run is kept and on what it runs: the same section in every recipe."""
+
+    name: str | None = Field(None, pattern=_NAME, description="folder name of the run; default <recipe>-<time>")
+    output_dir: Path = Field(Path("runs"), description="folder that holds the runs")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random in the run")
+    device: DeviceName = Field("auto", description="auto takes CUDA, then MPS, then the CPU")
+    dtype: DtypeName = Field("fp32", description="format of matrix products; fp16 trains with loss scaling")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; default PyTorch's own choice")
+    max_minutes: float | None = Field(None, gt=0, description="time budget; the run ends cleanly after the step")
+    save_every_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default the recipe's own")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay on disk")
+    wandb: bool = Field(False, description="also log to Weights & Biases (extra 'wandb')")
+    overwrite: bool = Field(False, description="replace an existing run of the same name")
+
+
+class Run:
+    """A run in progress; use it as a context manager, which catches Ctrl-C and records how the run ended.
+
+    Make one with `create` or `open`. Both pick the device, set the threads and seed everything.
+    """
+
+    def __init__(self, folder: Path, lock: FolderLock, info: dict[str, Any], resumed_from: Checkpoint | None) -> None:
+        """For `create` and `open`, which have prepared the folder."""
+        self.folder = folder
+        self.info = info
+        self.config = RunConfig.model_validate(info["run"])
+        self.device = resolve_device(self.config.device)
+        self.checkpoints = CheckpointStore(folder / "checkpoints", keep=self.config.keep_checkpoints)
+        self.resumed_from = resumed_from
+        self.stop_reason: StopReason | None = None
+        self._lock = lock
+        self._interrupt = InterruptFlag()
+        self._started = time.monotonic()
+        self.logger = RunLogger(folder, wandb=self.config.wandb, resume_step=self._resume_step())
+
+    @classmethod
+    def create(
+        cls,
+        recipe: str,
+        config: Config,
+        run: RunConfig,
+        lineage: Mapping[str, str] | None = None,
+        data_files: Iterable[str | Path] = (),
+    ) -> Run:
+        """Start a new run of a recipe; its whole record is on disk when this returns.
+
+        `lineage` names what the run starts from (`{"sft": "runs/sft-1"}`), `data_files` are hashed. Raises `UserError`,
+        with nothing written, when the device is absent, a data file is unreadable or the folder is already taken.
+        """
+        info = _describe(recipe, run, lineage or {}, data_files)
+        folder = _folder_for(recipe, run)
+        _refuse_taken(folder, run.overwrite)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run folder '{folder}' cannot be made: {error.strerror}") from None
+        lock = FolderLock(folder)
+        try:
+            _empty(folder)
+            info["name"] = folder.name
+            write_text(folder / CONFIG, to_yaml(config))
+            write_json(folder / RUN_INFO, info)
+            seed_everything(run.seed)
+            return cls(folder, lock, info, resumed_from=None)
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Take up an existing run at its newest good checkpoint, `resumed_from` (None: from the start).
+
+        Logs past the checkpoint are cut. When the checkpoint's state has the key `logged_step`, that is the last step
+        whose metrics count as written, otherwise the checkpoint's own step.
+        """
+        folder = Path(folder)
+        info = read_run_info(folder)
+        config = RunConfig.model_validate(info["run"])
+        check_dtype(resolve_device(config.device), config.dtype)
+        lock = FolderLock(folder)
+        try:
+            with warnings.catch_warnings(record=True) as damaged:
+                warnings.simplefilter("always")
+                checkpoint = CheckpointStore(folder / "checkpoints", keep=config.keep_checkpoints).latest()
+            # The thread count decides the order of sums, so it is part of what the run is.
+            set_num_threads(info["num_threads"])
+            seed_everything(config.seed)
+            step = checkpoint.step if checkpoint else 0
+            info["resumed"] = [*info.get("resumed", []), {"at": utc_now(), "step": step}]
+            info |= {"status": "running", "ended": None, "stop_reason": None, "error": None}
+            write_json(folder / RUN_INFO, info)
+            run = cls(folder, lock, info, checkpoint)
+        except BaseException:
+            lock.release()
+            raise
+        for warning in damaged:
+            run.logger.info(str(warning.message))
+        origin = f"the checkpoint of step {step}" if checkpoint else "the start: there is no good checkpoint"
+        run.logger.info(f"resuming from {origin}")
+        return run
+
+    @property
+    def resume_command(self) -> str:
+        """The command that takes the run up again."""
+        return f"rlhf resume {self.folder}"
+
+    def should_stop(self) -> bool:
+        """Whether the run must end after this step, because of Ctrl-C or its time budget; `stop_reason` tells which.
+
+        The budget counts from `create` or `open`: a resumed run has all of it again.
+        """
+        if self._interrupt.seen:
+            self.stop_reason = "interrupted"
+        elif self.config.max_minutes is not None and time.monotonic() - self._started > 60 * self.config.max_minutes:
+            self.stop_reason = "max_minutes"
+        return self.stop_reason is not None
+
+    def finish(self, status: Status = "finished", error: str | None = None) -> None:
+        """Record how the run ended, close its logs and let go of its folder; only the first call counts."""
+        if self.info["status"] != "running":
+            return
+        self.info |= {"status": status, "ended": utc_now(), "stop_reason": self.stop_reason, "error": error}
+        try:
+            self.logger.close()
+            write_json(self.folder / RUN_INFO, self.info)
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> Run:
+        self._interrupt.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._interrupt.__exit__(kind, error, trace)
+        if error is None:
+            self.finish("interrupted" if self.stop_reason == "interrupted" else "finished")
+        elif isinstance(error, KeyboardInterrupt):
+            self.finish("interrupted")
+        else:
+            self.finish("failed", error=f"{type(error).__name__}: {error}")
+
+    def _resume_step(self) -> int | None:
+        """Last step whose log lines stay; None for a new run, which has none to cut."""
+        if self.resumed_from is not None:
+            return int(self.resumed_from.state.get("logged_step", self.resumed_from.step))
+        return 0 if self.info.get("resumed") else None
+
+
+def _describe(
+    recipe: str, run: RunConfig, lineage: Mapping[str, str], data_files: Iterable[str | Path]
+) -> dict[str, Any]:
+    """The content of `run.json` at the start; raises before anything is written."""
+    device = resolve_device(run.device)
+    check_dtype(device, run.dtype)
+    if run.wandb:
+        check_wandb_installed()
+    return {
+        "recipe": recipe,
+        "name": run.name,
+        "status": "running",
+        "started": utc_now(),
+        "ended": None,
+        "stop_reason": None,
+        "error": None,
+        "seed": run.seed,
+        "device": str(device),
+        "num_threads": set_num_threads(run.num_threads),
+        "num_cpus": os.cpu_count(),
+        "versions": package_versions(),
+        "git": git_commit(),
+        "lineage": dict(lineage),
+        "data": data_hashes(data_files),
+        "run": run.model_dump(mode="json"),
+    }
+
+
+def _folder_for(recipe: str, run: RunConfig) -> Path:
+    """The named folder, or a new one named by recipe and time."""
+    if run.name is not None:
+        return run.output_dir / run.name
+    stem = f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder, count = run.output_dir / stem, 1
+    while folder.exists():
+        count += 1
+        folder = run.output_dir / f"{stem}-{count}"
+    return folder
+
+
+def _refuse_taken(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is a file, but the run needs a folder there; choose another run.name")
+    content = {path.name for path in folder.iterdir()} - {LOCK}
+    if not content:
+        return
+    if not overwrite:
+        raise UserError(f"run folder '{folder}' already exists; choose another run.name, resume it, or overwrite it")
+    if RUN_INFO not in content:
+        raise UserError(f"'{folder}' is not a run folder (it has no {RUN_INFO}), so it is not overwritten")
+
+
+def _empty(folder: Path) -> None:
+    """Remove the earlier run; the lock, which is ours by now, stays."""
+    for path in folder.iterdir():
+        if path.name == LOCK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

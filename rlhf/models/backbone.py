@@ -1,0 +1,235 @@
+"""The one language model that everything else hangs on: frozen weights held once, adapters by name.
+
+Policy, reference, value and reward are the same `Backbone` seen through different adapters, so memory is one model and a
+few small ones. Legend: B sequences, T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.data.chat import prepare_tokenizer
+from rlhf.infra.config import Config
+from rlhf.infra.device import autocast, torch_dtype
+from rlhf.infra.errors import UserError
+from rlhf.models.lora import (
+    LoRAConfig,
+    adapter_names,
+    apply_lora_to_model,
+    copy_adapter,
+    get_lora_parameters,
+    lora_layers,
+    set_active_adapter,
+)
+
+BUNDLED_MODEL = "tinychat"
+
+
+class ModelConfig(Config):
+    """Which base model, and how it is trained."""
+
+    name_or_path: str = Field(BUNDLED_MODEL, description="`tinychat` (bundled), a folder, or a hub name")
+    tokenizer: str | None = Field(None, description="folder or hub name of the tokenizer; null: the model's own")
+    random_init: bool = Field(False, description="start from the configuration alone, with random weights")
+    train: Literal["lora", "full"] = Field("lora", description="adapters on a frozen base, or every weight")
+    lora: LoRAConfig = Field(default_factory=LoRAConfig, description="shape and place of the adapters")
+    attn_implementation: str | None = Field(None, description="as in transformers; null picks its default")
+
+
+class Backbone(nn.Module):
+    """A causal language model (or an encoder) with its tokenizer; `hidden` is the trunk, `logits` the head."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, dtype_name: str = "fp32"
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.name, self.dtype_name = model, tokenizer, name, dtype_name
+        self.notes = prepare_tokenizer(tokenizer)
+        self.head = model.get_output_embeddings()
+        self._in_use: str | None = None
+        # Dropout stays off in every stage: with it on, the ratio of the first PPO step is not 1 and the reference is
+        # not one distribution (checklist P2). `train()` is therefore never passed on to the model.
+        self.model.eval()
+        self.model.requires_grad_(False)
+
+    @classmethod
+    def load(cls, config: ModelConfig, dtype_name: str = "fp32", device: torch.device | None = None) -> Backbone:
+        """Load tokenizer and weights. A frozen base is held in the compute dtype, one that is trained in fp32.
+
+        Raises:
+            UserError: the folder or name does not hold a model, or the tokenizer cannot serve.
+        """
+        source = resolve_model(config.name_or_path)
+        dtype = torch_dtype(dtype_name) if config.train == "lora" else torch.float32
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.tokenizer or config.name_or_path))
+            model_config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise _unreadable(config.name_or_path, error) from error
+        extra = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+        kind = AutoModelForCausalLM if type(model_config) in AutoModelForCausalLM._model_mapping else AutoModel
+        try:
+            if config.random_init:
+                model = kind.from_config(model_config, dtype=dtype, **extra)
+            else:
+                model = kind.from_pretrained(source, dtype=dtype, **extra)
+        except (OSError, ValueError) as error:
+            raise _unreadable(config.name_or_path, error) from error
+        backbone = cls(model, tokenizer, config.name_or_path, dtype_name)
+        return backbone if device is None else backbone.to(device)
+
+    def add_adapter(self, name: str, config: LoRAConfig) -> None:
+        """Put a fresh adapter (the identity until it is trained) beside those that are there."""
+        apply_lora_to_model(
+            self.model,
+            r=config.r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=config.target_modules,
+            adapter_name=name,
+            use_rslora=config.use_rslora,
+        )
+        set_active_adapter(self.model, self._in_use)
+
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Start an adapter from the weights of another; it is frozen until `train_only` names it."""
+        copy_adapter(self.model, source, target)
+
+    def train_only(self, adapters: Sequence[str]) -> None:
+        """Let exactly these adapters take gradients, and no other weight of the model."""
+        self.model.requires_grad_(False)
+        for name in adapters:
+            for parameter in get_lora_parameters(self.model, name):
+                parameter.requires_grad_(True)
+
+    @contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        """Run the base through this adapter inside the block; free of cost where it is the one in use already."""
+        if adapter == self._in_use:
+            yield
+            return
+        former, self._in_use = self._in_use, adapter
+        set_active_adapter(self.model, adapter)
+        try:
+            yield
+        finally:
+            self._in_use = former
+            set_active_adapter(self.model, former)
+
+    def hidden(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor | None = None,
+        position_ids_BT: Tensor | None = None,
+        *,
+        adapter: str | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Last hidden states (B, T, D) under an adapter (None: the bare base).
+
+        Positions default to the count of attended tokens before each, so that padding on either side changes nothing,
+        for learned positions as for rotary ones. Packed rows come with their own positions and no mask.
+        """
+        if position_ids_BT is None and attention_mask_BT is not None:
+            position_ids_BT = positions_from_mask(attention_mask_BT)
+        trunk = self.model.base_model
+        arguments = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
+        if not self.is_encoder:
+            arguments |= {"position_ids": position_ids_BT}
+            if cache is not None:
+                arguments |= {"past_key_values": cache, "use_cache": True}
+            else:
+                arguments |= {"use_cache": False}
+        with self.using(adapter), autocast(input_ids_BT.device, self.dtype_name):
+            hidden_BTD: Tensor = trunk(**arguments).last_hidden_state
+        return hidden_BTD
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (..., V) of hidden states (..., D), with the architecture's cap where it has one."""
+        with autocast(hidden.device, self.dtype_name):
+            logits: Tensor = self.head(hidden)
+        cap = self.model.config.to_dict().get("final_logit_softcapping")
+        return logits if not cap else torch.tanh(logits / cap) * cap
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return adapter_names(self.model)
+
+    @property
+    def is_encoder(self) -> bool:
+        return self.head is None
+
+    @property
+    def width(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Keep the model in evaluation mode whatever is asked (see `__init__`); only the flag of this module moves."""
+        self.training = mode
+        return self
+
+    @contextmanager
+    def adapter_dropout(self, probability: float) -> Iterator[None]:
+        """LoRA's own dropout on inside the block where it is above 0, the model's still off: for supervised stages."""
+        if probability == 0:
+            yield
+            return
+        layers = list(lora_layers(self.model).values())
+        for layer in layers:
+            layer.train()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.eval()
+
+
+def positions_from_mask(attention_mask_BT: Tensor) -> Tensor:
+    """Position of each token among the attended ones of its row; 0 on padding."""
+    return (attention_mask_BT.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def resolve_model(name_or_path: str) -> str:
+    """The bundled model's folder for its name; otherwise the name or path as given."""
+    if name_or_path == BUNDLED_MODEL:
+        return str(files("rlhf.data.tinychat") / "model")
+    return name_or_path
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    folder = Path(name)
+    if folder.is_dir():
+        return UserError(f"{name} holds no model and tokenizer that transformers can load: {_first_line(error)}")
+    return UserError(
+        f"no model {name}: it is neither a folder here nor a hub name that can be reached; give a folder written by "
+        f"save_pretrained, a cached or reachable hub name, or `{BUNDLED_MODEL}`"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

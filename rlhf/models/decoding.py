@@ -1,0 +1,218 @@
+"""Sampling from a backbone, token by token, with everything that reinforcement learning needs kept on the way.
+
+The same forward that draws a token gives its log-probability, the entropy it was drawn from and the value of the state,
+so that the "old" quantities of PPO cost nothing. Each row owns its random numbers, and finished rows leave the batch: what
+is sampled for a prompt depends neither on its neighbours nor on when they finish.
+
+Legend: N rows, P prompt columns (left-padded), R response columns (right-padded), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from rlhf.infra.config import Config
+from rlhf.models.backbone import Backbone
+from rlhf.models.value_head import ValueHead
+
+# Rows that have finished are carried along until they are this share of the batch: dropping them copies the cache.
+LEAVE_SHARE = 0.125
+
+
+class GenerationConfig(Config):
+    """How responses are drawn."""
+
+    max_new_tokens: int = Field(64, ge=1, description="response length at which an answer is cut off")
+    temperature: float = Field(1.0, ge=0, description="divides the logits; 0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus: keep the likeliest tokens of this total mass")
+    top_k: int = Field(0, ge=0, description="keep this many likeliest tokens; 0 keeps all")
+    stop: list[str] = Field(default_factory=list, description="strings at which an answer ends (they are cut away)")
+    batch_size: int = Field(256, ge=1, description="rows generated at once")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Sampled responses; `response_mask_NR` is True on every sampled token, the stop token included.
+
+    `logprobs_NR` and `entropy_NR` belong to the full distribution at the sampling temperature (at temperature 1 when
+    greedy); `finished_N` is False where an answer was cut off; `truncated_mass` is the mean probability that top-p and
+    top-k took away, 0 without them.
+    """
+
+    response_ids_NR: Tensor
+    response_mask_NR: Tensor
+    logprobs_NR: Tensor
+    entropy_NR: Tensor
+    values_NR: Tensor | None
+    finished_N: Tensor
+    truncated_mass: float
+
+
+class _PreallocatedLayer(DynamicLayer):
+    """A cache layer with room for the whole answer: a token is written in place instead of copying all before it."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        rows, heads, _, width = key_states.shape
+        self.keys = key_states.new_empty(rows, heads, self.capacity, width)
+        self.values = value_states.new_empty(rows, heads, self.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def make_cache(backbone: Backbone, capacity: int) -> Cache:
+    """A preallocated cache for plain attention; whatever transformers prescribes for sliding or hybrid layers."""
+    standard = DynamicCache(config=backbone.model.config)
+    if any(type(layer) is not DynamicLayer for layer in standard.layers):
+        return standard
+    return Cache(layers=[_PreallocatedLayer(capacity) for _ in range(backbone.model.config.num_hidden_layers)])
+
+
+@torch.no_grad()
+def decode(
+    backbone: Backbone,
+    adapter: str | None,
+    prompt_ids_NP: Tensor,
+    prompt_mask_NP: Tensor,
+    uniforms_NR: Tensor,
+    config: GenerationConfig,
+    stop_token_ids: Sequence[int],
+    value_head: ValueHead | None = None,
+) -> Decoded:
+    """Sample one response per row.
+
+    Args:
+        prompt_ids_NP: left-padded prompts; `prompt_mask_NP` is True on their tokens.
+        uniforms_NR: numbers in [0, 1), column t decides token t of its row; R is `config.max_new_tokens`.
+        stop_token_ids: an answer ends with any of these, which is part of it.
+    """
+    num_rows, prompt_width = prompt_ids_NP.shape
+    width, device = config.max_new_tokens, prompt_ids_NP.device
+    record = _Record(num_rows, width, backbone.tokenizer.pad_token_id, device, with_values=value_head is not None)
+    stops = torch.tensor(list(stop_token_ids), device=device)
+    rows = torch.arange(num_rows, device=device)
+    mask = torch.cat([prompt_mask_NP, prompt_mask_NP.new_ones(num_rows, width)], dim=1)
+    next_position = prompt_mask_NP.sum(dim=1)
+    done = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    cache = make_cache(backbone, prompt_width + width)
+    with backbone.using(adapter):
+        hidden = backbone.hidden(prompt_ids_NP, prompt_mask_NP, adapter=adapter, cache=cache)[:, -1]
+        for t in range(width):
+            log_p = _log_distribution(backbone.logits(hidden), config.temperature)
+            tokens, lost_mass = choose_tokens(log_p, uniforms_NR[rows, t], config)
+            values = None if value_head is None else value_head(hidden)
+            record.write(rows[~done], t, tokens[~done], log_p[~done], None if values is None else values[~done])
+            record.lost_mass += float(lost_mass[~done].sum())
+            done = done | torch.isin(tokens, stops)
+            if config.stop:
+                done = done | record.ends_with_stop(rows, t, backbone, config.stop)
+            record.finished[rows[done]] = True
+            if bool(done.all()) or t == width - 1:
+                break
+            if int(done.sum()) >= LEAVE_SHARE * len(rows):
+                keep = (~done).nonzero().squeeze(-1)
+                rows, mask, tokens, next_position = rows[keep], mask[keep], tokens[keep], next_position[keep]
+                done = done[keep]
+                _keep_rows(cache, keep)
+            step_mask = mask[:, : prompt_width + t + 1]
+            positions = (next_position + t).unsqueeze(-1)
+            hidden = backbone.hidden(tokens.unsqueeze(-1), step_mask, positions, adapter=adapter, cache=cache)[:, -1]
+    return record.decoded()
+
+
+def choose_tokens(log_p_NV: Tensor, uniforms_N: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor]:
+    """Draw a token per row by inverting the distribution at the row's uniform; greedy at temperature 0.
+
+    Returns the tokens (N,) and the probability mass (N,) that top-p and top-k cut away.
+    """
+    if config.temperature == 0:
+        return log_p_NV.argmax(dim=-1), torch.zeros_like(uniforms_N)
+    # float64: a cumulative sum over 150k probabilities in fp32 would lose the rare tokens.
+    p_NV = log_p_NV.double().exp()
+    if config.top_p < 1 or config.top_k:
+        p_NV = _truncated(p_NV, config.top_p, config.top_k)
+    cumulative_NV = p_NV.cumsum(dim=-1)
+    total_N = cumulative_NV[:, -1]
+    threshold_N1 = (uniforms_N.double() * total_N).unsqueeze(-1)
+    tokens_N = torch.searchsorted(cumulative_NV, threshold_N1, right=True).squeeze(-1)
+    return tokens_N.clamp(max=p_NV.shape[-1] - 1), (1 - total_N).clamp(min=0)
+
+
+def _truncated(p_NV: Tensor, top_p: float, top_k: int) -> Tensor:
+    sorted_NV, order_NV = p_NV.sort(dim=-1, descending=True)
+    keep_NV = sorted_NV.cumsum(dim=-1) - sorted_NV < top_p  # the token that crosses the threshold stays
+    if top_k:
+        keep_NV[:, top_k:] = False
+    return torch.zeros_like(p_NV).scatter(-1, order_NV, sorted_NV * keep_NV)
+
+
+def _log_distribution(logits_NV: Tensor, temperature: float) -> Tensor:
+    scaled = logits_NV.float() if temperature in (0.0, 1.0) else logits_NV.float() / temperature
+    return scaled.log_softmax(dim=-1)
+
+
+def _keep_rows(cache: Cache, keep_n: Tensor) -> None:
+    for layer in cache.layers:
+        layer.batch_select_indices(keep_n)
+
+
+class _Record:
+    """The answers so far, in the order of the prompts."""
+
+    def __init__(self, num_rows: int, width: int, pad_token_id: int, device: torch.device, *, with_values: bool) -> None:
+        self.ids = torch.full((num_rows, width), pad_token_id, device=device)
+        self.mask = torch.zeros(num_rows, width, dtype=torch.bool, device=device)
+        self.logprobs, self.entropy = torch.zeros(2, num_rows, width, device=device)
+        self.values = torch.zeros(num_rows, width, device=device) if with_values else None
+        self.finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self.lost_mass = 0.0
+
+    def write(self, rows: Tensor, t: int, tokens: Tensor, log_p: Tensor, values: Tensor | None) -> None:
+        self.ids[rows, t] = tokens
+        self.mask[rows, t] = True
+        self.logprobs[rows, t] = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        self.entropy[rows, t] = -(log_p.exp() * log_p).sum(dim=-1)
+        if self.values is not None and values is not None:
+            self.values[rows, t] = values
+
+    def ends_with_stop(self, rows: Tensor, t: int, backbone: Backbone, stop: Sequence[str]) -> Tensor:
+        """Which rows' text holds a stop string by now; the last tokens suffice, since every step is looked at."""
+        tail = max(len(text) for text in stop) + 4
+        texts = backbone.tokenizer.batch_decode(self.ids[rows, max(0, t + 1 - tail) : t + 1])
+        return torch.tensor([any(s in text for s in stop) for text in texts], device=rows.device)
+
+    def decoded(self) -> Decoded:
+        width = max(1, int(self.mask.any(dim=0).sum()))
+        return Decoded(
+            self.ids[:, :width],
+            self.mask[:, :width],
+            self.logprobs[:, :width],
+            self.entropy[:, :width],
+            None if self.values is None else self.values[:, :width],
+            self.finished,
+            self.lost_mass / max(1, int(self.mask.sum())),
+        )

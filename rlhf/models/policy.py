@@ -1,0 +1,138 @@
+"""The policy: a backbone seen through one adapter, with an optional critic on its hidden states.
+
+Legend: B sequences, P prompt, R response, T = P + R, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.algo.logprobs import statistics_from_hidden
+from rlhf.models.backbone import Backbone
+from rlhf.models.decoding import Decoded, GenerationConfig, decode
+from rlhf.models.value_head import ValueHead
+
+
+@dataclass(frozen=True)
+class ResponseStatistics:
+    """Of every response token: log-probability, entropy and the value of the state before it; (B, R), 0 on padding."""
+
+    logprobs_BR: Tensor
+    entropy_BR: Tensor
+    values_BR: Tensor | None
+
+
+class Policy(nn.Module):
+    """`adapter` None is the bare base, or the whole model under full fine-tuning."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapter: str | None,
+        value_head: ValueHead | None = None,
+        value_adapter: str | None = None,
+    ) -> None:
+        """`value_adapter`: an adapter of the critic's own, at the price of a second pass; None shares the policy's."""
+        super().__init__()
+        self.backbone, self.adapter = backbone, adapter
+        self.value_head, self.value_adapter = value_head, value_adapter
+
+    def logprobs(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, action_mask_BT: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """log pi(token t | tokens before t) at the positions where `action_mask_BT` is True, 0 elsewhere; (B, T).
+
+        The first column has nothing before it and must not be an action. The vocabulary head runs at action positions
+        only.
+        """
+        return masked_logprobs(
+            self.backbone, self.adapter, input_ids_BT, attention_mask_BT, action_mask_BT, temperature=temperature
+        )
+
+    def response_statistics(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_mask_BR: Tensor, temperature: float
+    ) -> ResponseStatistics:
+        """Log-probabilities, entropies and values of the last R columns, from one pass (two with a value adapter)."""
+        hidden_BTD = self.backbone.hidden(input_ids_BT, attention_mask_BT, adapter=self.adapter)
+        statistics = _over_response(self.backbone, hidden_BTD, input_ids_BT, response_mask_BR, temperature)
+        if self.value_head is None:
+            return statistics
+        if self.value_adapter is not None:
+            hidden_BTD = self.backbone.hidden(input_ids_BT, attention_mask_BT, adapter=self.value_adapter)
+        width = response_mask_BR.shape[1]
+        values_BR = self.value_head(hidden_BTD[:, -width - 1 : -1])
+        values_BR = torch.where(response_mask_BR, values_BR, torch.zeros_like(values_BR))
+        return ResponseStatistics(statistics.logprobs_BR, statistics.entropy_BR, values_BR)
+
+    def generate(
+        self, prompt_ids_NP: Tensor, prompt_mask_NP: Tensor, uniforms_NR: Tensor, config: GenerationConfig, stop: list[int]
+    ) -> Decoded:
+        """Sample one response per left-padded prompt; tokens, log-probabilities, entropies and values come together."""
+        # A critic with an adapter of its own would need a cache of its own: its values are computed after sampling.
+        head = self.value_head if self.value_adapter is None else None
+        return decode(self.backbone, self.adapter, prompt_ids_NP, prompt_mask_NP, uniforms_NR, config, stop, head)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves: the adapter (or every weight), the value head, the value adapter."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def masked_logprobs(
+    backbone: Backbone,
+    adapter: str | None,
+    input_ids_BT: Tensor,
+    attention_mask_BT: Tensor | None,
+    action_mask_BT: Tensor,
+    position_ids_BT: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Log-probabilities (B, T) of the tokens under `action_mask_BT`, 0 elsewhere; the head runs at those only."""
+    if bool(action_mask_BT[:, 0].any()):
+        raise ValueError("the first token of a row cannot be an action: nothing comes before it")
+    hidden_BTD = backbone.hidden(input_ids_BT, attention_mask_BT, position_ids_BT, adapter=adapter)
+    target_mask = action_mask_BT[:, 1:]
+    statistics = statistics_from_hidden(
+        backbone.logits,
+        hidden_BTD[:, :-1][target_mask],
+        input_ids_BT[:, 1:][target_mask],
+        backbone.vocab_size,
+        temperature,
+    )
+    logprobs_BT = statistics.logprobs_M.new_zeros(input_ids_BT.shape)
+    return logprobs_BT.masked_scatter(action_mask_BT, statistics.logprobs_M)
+
+
+def response_logprobs(
+    backbone: Backbone,
+    adapter: str | None,
+    input_ids_BT: Tensor,
+    attention_mask_BT: Tensor,
+    response_mask_BR: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Log-probabilities (B, R) of the last R columns under any adapter: what a reference is asked for."""
+    hidden_BTD = backbone.hidden(input_ids_BT, attention_mask_BT, adapter=adapter)
+    return _over_response(backbone, hidden_BTD, input_ids_BT, response_mask_BR, temperature).logprobs_BR
+
+
+def _over_response(
+    backbone: Backbone, hidden_BTD: Tensor, input_ids_BT: Tensor, response_mask_BR: Tensor, temperature: float
+) -> ResponseStatistics:
+    width = response_mask_BR.shape[1]
+    statistics = statistics_from_hidden(
+        backbone.logits,
+        hidden_BTD[:, -width - 1 : -1][response_mask_BR],
+        input_ids_BT[:, -width:][response_mask_BR],
+        backbone.vocab_size,
+        # A greedy sample has no temperature; it is scored as the plain distribution would.
+        temperature or 1.0,
+    )
+    zeros_BR = statistics.logprobs_M.new_zeros(response_mask_BR.shape)
+    return ResponseStatistics(
+        zeros_BR.masked_scatter(response_mask_BR, statistics.logprobs_M),
+        zeros_BR.masked_scatter(response_mask_BR, statistics.entropy_M),
+        None,
+    )

@@ -1,0 +1,31 @@
+"""The reference: the distribution that the policy is held near, as one adapter of the shared base, never trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf.models.backbone import Backbone
+from rlhf.models.policy import response_logprobs
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A frozen snapshot of the SFT policy. `adapter` None is right only where no SFT adapter exists.
+
+    Under full fine-tuning the snapshot is a backbone of its own, since the policy's weights move.
+    """
+
+    backbone: Backbone
+    adapter: str | None
+
+    @torch.no_grad()
+    def logprobs(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_mask_BR: Tensor, temperature: float
+    ) -> Tensor:
+        """Log-probabilities (B, R) of the last R columns at the sampling temperature, 0 where the mask is False."""
+        return response_logprobs(
+            self.backbone, self.adapter, input_ids_BT, attention_mask_BT, response_mask_BR, temperature
+        )

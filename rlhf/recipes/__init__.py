@@ -1,0 +1,1 @@
+"""The order of events: one file per method, read from top to bottom."""

@@ -1,0 +1,197 @@
+"""Direct preference optimisation: pairs train the policy without a reward model and without sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf.algo.preference_loss import PREFERENCE_LOSSES, PairLogRatios
+from rlhf.algo.trainer import LossOutput, OptimizerConfig, Trainer
+from rlhf.data.chat import ChatEncoder
+from rlhf.data.collate import Batch, PairBatch, batches_by_tokens, pair_batch
+from rlhf.data.data_config import DataConfig
+from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
+from rlhf.infra.config import Config
+from rlhf.infra.experiment import Run, RunConfig
+from rlhf.models.backbone import Backbone, ModelConfig
+from rlhf.models.policy import Policy, masked_logprobs
+from rlhf.models.reference import Reference
+from rlhf.recipes.launch import launch, stage_cost
+from rlhf.recipes.reward import longest_side, num_tokens
+from rlhf.recipes.sft import announce
+from rlhf.recipes.stages import POLICY, save_policy, start_policy
+from rlhf.recipes.supervised import Method, SupervisedLoop, TrainingConfig, Validation
+
+
+class DPOConfig(Config):
+    """`rlhf dpo`."""
+
+    run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device")
+    policy: str = Field("tinychat", description="what the policy starts from and is compared with: a run, a folder, a hub name")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="adapters, where the policy brings none")
+    data: DataConfig = Field(default_factory=DataConfig, description="preference pairs")
+    loss: str = Field("sigmoid", pattern=f"^({'|'.join(PREFERENCE_LOSSES)})$", description="which preference loss")
+    beta: float = Field(0.1, gt=0, description="strength of the pull towards the reference")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="length and batches")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
+
+
+@dataclass(frozen=True)
+class ReferencePass:
+    """Summed response log-probabilities of every pair under the reference: (N, 2), chosen and rejected."""
+
+    logprobs_N2: Tensor
+
+
+@dataclass(frozen=True)
+class DPOParts:
+    """Policy, reference and tokenised pairs, loaded and found usable."""
+
+    policy: Policy
+    reference: Reference
+    train: PreferenceDataset
+    validation: PreferenceDataset | None
+
+
+def run_dpo(config: DPOConfig, resume: Path | None = None) -> Run:
+    """Train on pairs; the policy with the best validation loss is in `<run>/policy`."""
+    return launch(
+        "dpo",
+        config,
+        prepare,
+        train,
+        settings=config.run,
+        lineage={"policy": config.policy},
+        data_files=config.data.files(),
+        resume=resume,
+    )
+
+
+def prepare(config: DPOConfig, device: torch.device, rejected_rows: Path) -> DPOParts:
+    """Policy and reference on one base, and the pairs."""
+    start = start_policy(config.policy, config.model, config.run, device)
+    encoder = ChatEncoder(start.policy.backbone.tokenizer, config.data.system_prompt)
+    data, validation = PreferenceDataset.load(config.data, encoder, rejected_rows)
+    return DPOParts(start.policy, start.reference, data, validation)
+
+
+def train(config: DPOConfig, run: Run, parts: DPOParts) -> tuple[int, int]:
+    """The reference pass, the loop, then the policy into the run folder."""
+    announce(run, parts.policy.backbone, str(parts.train.report))
+    limit = config.training.max_tokens_per_micro_batch
+    held = parts.validation.examples if parts.validation else []
+    train_pass = reference_pass(parts.reference, parts.train, limit, run)
+    validation_pass = reference_pass(parts.reference, parts.validation, limit, run)
+    method = dpo_method(parts.policy, parts.train.examples, held, train_pass, validation_pass, config)
+    trainer = Trainer(
+        parts.policy.trainable_parameters(),
+        config.optimizer,
+        config.training.num_steps(len(parts.train)),
+        scale_loss=config.run.dtype == "fp16",
+    )
+    progress = SupervisedLoop(run, trainer, config.training, method, "DPO").train()
+    if run.stop_reason != "interrupted":
+        save_policy(parts.policy.backbone, parts.policy.adapter, run.folder / POLICY)
+    return stage_cost(progress)
+
+
+def dpo_method(
+    policy: Policy,
+    examples: Sequence[PreferenceExample],
+    validation: Sequence[PreferenceExample],
+    reference: ReferencePass,
+    validation_reference: ReferencePass,
+    config: DPOConfig,
+) -> Method[tuple[PairBatch, Tensor]]:
+    """The preference loss on log-ratios to the reference; chosen and rejected go through the policy in one batch."""
+    limit, device = config.training.max_tokens_per_micro_batch, policy.backbone.device
+    loss_function = PREFERENCE_LOSSES[config.loss]
+
+    def collate(
+        part: Sequence[PreferenceExample], reference_n2: Tensor
+    ) -> list[tuple[PairBatch, Tensor]]:
+        groups = batches_by_tokens([2 * longest_side(example) for example in part], limit)
+        pad = policy.backbone.tokenizer.pad_token_id
+        return [(pair_batch([part[i] for i in g], pad).to(device), reference_n2[g].to(device)) for g in groups]
+
+    def terms(batch: tuple[PairBatch, Tensor], num_pairs: int) -> LossOutput:
+        pairs, reference_B2 = batch
+        logprobs_2B = summed_logprobs(policy.backbone, policy.adapter, pairs.batch)
+        chosen_B, rejected_B = logprobs_2B.chunk(2)
+        ratios = PairLogRatios(chosen_B - reference_B2[:, 0], rejected_B - reference_B2[:, 1])
+        loss = loss_function(ratios, config.beta).sum() / num_pairs
+        margin = ratios.margin_B.detach()
+        metrics = {
+            "train/accuracy": ((margin > 0).float() + 0.5 * (margin == 0).float()).sum() / num_pairs,
+            "train/margin": config.beta * margin.sum() / num_pairs,
+            "train/chosen_reward": config.beta * ratios.chosen_B.detach().sum() / num_pairs,
+            "train/rejected_reward": config.beta * ratios.rejected_B.detach().sum() / num_pairs,
+            "train/chosen_logprob": chosen_B.detach().sum() / num_pairs,
+            "train/rejected_logprob": rejected_B.detach().sum() / num_pairs,
+        }
+        return LossOutput(loss, metrics)
+
+    def loss(rows: Sequence[int]) -> Callable[[tuple[PairBatch, Tensor]], LossOutput]:
+        return lambda batch: terms(batch, len(rows))
+
+    @torch.no_grad()
+    def validate() -> Validation:
+        sums: dict[str, float] = {}
+        for batch in collate(validation, validation_reference.logprobs_N2):
+            output = terms(batch, len(validation))
+            for name, value in {"loss": output.loss, **output.metrics}.items():
+                sums[name.removeprefix("train/")] = sums.get(name.removeprefix("train/"), 0.0) + float(value)
+        return Validation(sums, "loss", lower_is_better=True)
+
+    return Method(
+        num_rows=len(examples),
+        micro_batches=lambda rows: collate([examples[i] for i in rows], reference.logprobs_N2[list(rows)]),
+        loss=loss,
+        num_tokens=lambda rows: sum(num_tokens(examples[i]) for i in rows),
+        validate=validate if validation else None,
+    )
+
+
+@torch.no_grad()
+def reference_pass(reference: Reference, data: PreferenceDataset | None, max_tokens: int, run: Run) -> ReferencePass:
+    """Reference log-probabilities, once per data set: kept in the run folder under the hash of the tokens."""
+    if data is None:
+        return ReferencePass(torch.zeros(0, 2))
+    place = run.folder / "cache" / f"reference-{data.content_hash()[:16]}.safetensors"
+    if place.is_file():
+        return ReferencePass(load_file(place)["logprobs_N2"])
+    backbone, logprobs_N2 = reference.backbone, torch.zeros(len(data), 2)
+    for group in batches_by_tokens([2 * longest_side(example) for example in data.examples], 2 * max_tokens):
+        pairs = pair_batch([data.examples[i] for i in group], backbone.tokenizer.pad_token_id).to(backbone.device)
+        logprobs_N2[group] = summed_logprobs(backbone, reference.adapter, pairs.batch).view(2, -1).T.cpu()
+    place.parent.mkdir(exist_ok=True)
+    save_file({"logprobs_N2": logprobs_N2}, place)
+    return ReferencePass(logprobs_N2)
+
+
+def summed_logprobs(backbone: Backbone, adapter: str | None, batch: Batch) -> Tensor:
+    """log pi(answer | prompt) of every row (B,), in nats: the sum over the tokens under the loss mask."""
+    return masked_logprobs(
+        backbone, adapter, batch.input_ids_BT, batch.attention_mask_BT, batch.loss_mask_BT
+    ).sum(dim=1)
+
+
+def compute_log_probs(
+    model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor
+) -> Tensor:
+    """Summed log-probabilities (B,) of the tokens after each prompt, for any causal model with `.logits`.
+
+    Right-padded rows; `prompt_lengths` (B,) counts the prompt tokens of each. This is the plain form for a model that is
+    not wrapped in a `Backbone`: it holds all logits at once.
+    """
+    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
+    logprobs = logits.log_softmax(dim=-1).gather(-1, input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    places = torch.arange(1, input_ids.shape[1], device=input_ids.device)
+    counts = (places >= prompt_lengths.unsqueeze(1)) & attention_mask[:, 1:].bool()
+    return torch.where(counts, logprobs, torch.zeros_like(logprobs)).sum(dim=1)

@@ -1,0 +1,329 @@
+"""Evaluation: every model answers the same prompts, the answers are judged, and a report says what came of it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from rlhf.data.chat import ChatEncoder
+from rlhf.data.data_config import PromptDataConfig, SourceConfig
+from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
+from rlhf.data.prompt_dataset import PromptDataset
+from rlhf.data.tinychat import GoldScorer
+from rlhf.eval.panels import read_history
+from rlhf.eval.report import ReportPaths, write_report
+from rlhf.eval.report_data import ReportInput
+from rlhf.eval.reward_accuracy import RewardPair
+from rlhf.eval.samples import Cost, Mode, ModelResult, Sample, write_samples
+from rlhf.eval.suites import EvalPrompt, SuiteConfig, gold_scores, prompt_suite, shown, tinychat_suite
+from rlhf.infra.config import Config
+from rlhf.infra.determinism import derive_seed
+from rlhf.infra.experiment import Run, RunConfig
+from rlhf.infra.run_folder import RUN_INFO, read_run_info
+from rlhf.models.backbone import ModelConfig
+from rlhf.models.decoding import GenerationConfig
+from rlhf.models.policy import Policy
+from rlhf.models.reference import Reference
+from rlhf.models.reward_model import RewardModel, load_reward_model
+from rlhf.recipes.launch import launch
+from rlhf.recipes.reward import score_pairs
+from rlhf.recipes.stages import REWARD_MODEL, LoadedPolicy, PolicyShelf, locate
+from rlhf.rewards.detectors import refusal_flags
+from rlhf.rewards.learned import LearnedReward
+from rlhf.rollout.cache import CachedAnswer, ResponseCache, answers_of, weights_hash
+from rlhf.rollout.sampler import Sampler
+
+
+class EvaluateConfig(Config):
+    """`rlhf eval`."""
+
+    run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device")
+    models: dict[str, str] = Field(
+        default={"base": "tinychat"}, description="what is compared, in order of training: {name shown: run, folder or hub name}"
+    )
+    reference: str | None = Field(None, description="the model the others are compared with; null: sft, or else the first")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="how base models are held")
+    reward_model: str | None = Field(None, description="run or folder of a reward model; null: answers get no such score")
+    data: PromptDataConfig = Field(default_factory=PromptDataConfig, description="prompts; tinychat has suites of its own")
+    num_reward_pairs: int = Field(1_000, ge=0, description="held-out pairs that the reward model is measured on")
+    suite: SuiteConfig = Field(default_factory=SuiteConfig, description="how many prompts of each kind")
+    generation: GenerationConfig = Field(default_factory=GenerationConfig, description="how answers are drawn")
+    greedy: bool = Field(True, description="also answer the held-out prompts greedily")
+    use_cache: bool = Field(True, description="keep answers under <output_dir>/cache and reuse those of the same weights")
+    histories: dict[str, str] = Field(default={}, description="runs whose training curves are shown: {title: run}")
+    title: str = Field("Evaluation report", description="heading of the report")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Prompts, models and reward model, loaded and found usable."""
+
+    prompts: list[EvalPrompt]
+    pairs: list[PreferenceExample]
+    models: dict[str, LoadedPolicy]
+    reward: RewardModel | None
+    learned: LearnedReward | None
+
+
+def run_evaluation(config: EvaluateConfig) -> tuple[Run, ReportPaths]:
+    """Answer, judge, report; the report lies in the run folder."""
+    written: list[ReportPaths] = []
+
+    def evaluate(settings: EvaluateConfig, run: Run, parts: Parts) -> tuple[int, int]:
+        results = [answer_all(name, parts, settings, run) for name in settings.models]
+        pairs, milliseconds = reward_pairs(parts)
+        write_samples(run.folder / "samples.jsonl", (s for result in results for s in result.samples))
+        source = ReportInput(
+            models=results,
+            title=settings.title,
+            reference=settings.reference,
+            reward_pairs=pairs,
+            reward_ms_per_sample=milliseconds,
+            histories=histories(settings),
+            costs=stage_costs(settings),
+            notes=notes(settings, run, parts),
+            seed=settings.run.seed,
+        )
+        written.append(write_report(run.folder, source))
+        return 0, sum(s.num_tokens for result in results for s in result.samples)
+
+    run = launch(
+        "eval",
+        config,
+        prepare,
+        evaluate,
+        settings=config.run,
+        lineage=dict(config.models),
+        data_files=config.data.files(),
+    )
+    return run, written[0]
+
+
+def prepare(config: EvaluateConfig, device: torch.device, rejected_rows: Path) -> Parts:
+    """Models on as few bases as possible, the reward model, the prompts and the held-out pairs."""
+    shelf = PolicyShelf(config.model, config.run.output_dir, device, config.run.dtype)
+    models = {name: shelf.load(source) for name, source in config.models.items()}
+    backbone = next(iter(models.values())).backbone
+    encoder = ChatEncoder(backbone.tokenizer, config.data.system_prompt)
+    reward, learned = None, None
+    if config.reward_model is not None:
+        loaded = load_reward_model(locate(config.reward_model, config.run.output_dir, REWARD_MODEL), backbone, config.run.dtype)
+        learned = LearnedReward(loaded, backbone.tokenizer, config.data.system_prompt)
+        reward = loaded if isinstance(loaded, RewardModel) else None
+    if config.data.is_tinychat:
+        prompts = tinychat_suite(config.suite)
+    else:
+        data, held = PromptDataset.load(config.data, encoder, rejected_rows)
+        prompts = prompt_suite((held or data).examples, config.suite.num_heldout)
+    pairs = held_out_pairs(config, reward, rejected_rows) if reward is not None and config.num_reward_pairs else []
+    return Parts(prompts, pairs, models, reward, learned)
+
+
+def held_out_pairs(config: EvaluateConfig, reward: RewardModel, rejected_rows: Path) -> list[PreferenceExample]:
+    """Labelled pairs that no training has seen: of the built-in world's held-out tasks, or the validation side."""
+    from rlhf.data.data_config import DataConfig
+    from rlhf.data.loading import rows_from_memory
+    from rlhf.data.tinychat import preference_pairs
+
+    encoder = ChatEncoder(reward.tokenizer, config.data.system_prompt)
+    shared = {name: getattr(config.data, name) for name in SourceConfig.model_fields}
+    data = DataConfig(**shared | {"max_samples": None})
+    if config.data.is_tinychat:
+        rows = rows_from_memory(preference_pairs("heldout", config.num_reward_pairs, config.suite.seed), data)
+        return PreferenceDataset.from_rows(rows, encoder, data).examples
+    _, held = PreferenceDataset.load(data, encoder, rejected_rows)
+    return held.examples[: config.num_reward_pairs] if held is not None else []
+
+
+def answer_all(name: str, parts: Parts, config: EvaluateConfig, run: Run) -> ModelResult:
+    """One model's answers to every prompt, sampled, and greedy ones to the held-out prompts, with all scores."""
+    samples: list[Sample] = []
+    with run.logger.progress(f"answers of {name}", len(parts.prompts)) as advance:
+        samples += answer(name, parts, parts.prompts, "sampled", config, run)
+        advance(len(parts.prompts))
+        if config.greedy:
+            heldout = [prompt for prompt in parts.prompts if prompt.split == "heldout"]
+            samples += answer(name, parts, heldout, "greedy", config, run)
+    source = config.models[name]
+    return ModelResult(name, tuple(samples), stage_cost_of(source, config.run.output_dir))
+
+
+def answer(
+    name: str, parts: Parts, prompts: Sequence[EvalPrompt], mode: Mode, config: EvaluateConfig, run: Run
+) -> list[Sample]:
+    """Sample (or read from the cache), then judge: gold, reward model, refusal, KL to the reference."""
+    loaded = parts.models[name]
+    encoder = ChatEncoder(loaded.backbone.tokenizer, config.data.system_prompt)
+    generation = config.generation if mode == "sampled" else config.generation.model_copy(update={"temperature": 0.0})
+    prompt_ids = encoder.prompt_ids_batch([prompt.prompt for prompt in prompts])
+    answers = cached_answers(loaded, prompt_ids, generation, encoder, config, run)
+    texts = encoder.decode_batch([answer.response_ids for answer in answers])
+    rewards = [None] * len(answers)
+    if parts.learned is not None:
+        columns: Mapping[str, Sequence[Any]] = {
+            "prompt_ids": prompt_ids,
+            "completion_ids": [answer.response_ids for answer in answers],
+        }
+        rewards = parts.learned([prompt.prompt for prompt in prompts], texts, **columns)
+    golds = gold_scores(prompts, texts, _scorer())
+    refused = refusal_flags(texts)
+    kls = kl_to_reference(name, parts, answers, config) if mode == "sampled" else [None] * len(answers)
+    return [
+        Sample(
+            prompt_id=prompt.prompt_id,
+            prompt=shown(prompt.prompt),
+            family=prompt.family,
+            split=prompt.split,
+            kind=prompt.kind,
+            response=text,
+            num_tokens=len(given.response_ids),
+            finished=given.finished,
+            mode=mode,
+            gold=None if gold is None else gold.total,
+            gold_parts={} if gold is None else gold.parts,
+            refused=flag if gold is None else gold.refused,
+            reward=reward,
+            kl=kl,
+            entropy=given.entropy,
+        )
+        for prompt, given, text, gold, flag, reward, kl in zip(
+            prompts, answers, texts, golds, refused, rewards, kls, strict=True
+        )
+    ]
+
+
+def cached_answers(
+    loaded: LoadedPolicy,
+    prompts: Sequence[list[int]],
+    generation: GenerationConfig,
+    encoder: ChatEncoder,
+    config: EvaluateConfig,
+    run: Run,
+) -> list[CachedAnswer]:
+    """Answers to the prompts, in order; those that the cache knows are not sampled again."""
+    seed = derive_seed(config.run.seed, "evaluation")
+    cache = None
+    if config.use_cache:
+        folder = config.run.output_dir / "cache"
+        cache = ResponseCache(folder, weights_hash(loaded.backbone, loaded.adapter), generation, seed)
+    known = {i: found for i, ids in enumerate(prompts) if cache is not None and (found := cache.get(ids)) is not None}
+    missing = [i for i in range(len(prompts)) if i not in known]
+    if missing:
+        sampler = Sampler(Policy(loaded.backbone, loaded.adapter), generation, encoder.stop_token_ids)
+        fresh = answers_of(sampler.sample([prompts[i] for i in missing], seed))
+        if cache is not None:
+            cache.put(fresh)
+        known |= dict(zip(missing, fresh, strict=True))
+    return [known[i] for i in range(len(prompts))]
+
+
+def kl_to_reference(
+    name: str, parts: Parts, answers: Sequence[CachedAnswer], config: EvaluateConfig
+) -> Sequence[float | None]:
+    """Sum over each answer of log pi - log pi_ref (k1, nats); 0 for the reference, None before it in training order."""
+    names = list(parts.models)
+    reference_name = config.reference or ("sft" if "sft" in names else names[0])
+    if names.index(name) < names.index(reference_name):
+        return [None] * len(answers)
+    loaded = parts.models[reference_name]
+    sums = reference_sums(Reference(loaded.backbone, loaded.adapter), answers, config.generation.temperature)
+    return [given.logprob - total for given, total in zip(answers, sums, strict=True)]
+
+
+def reference_sums(reference: Reference, answers: Sequence[CachedAnswer], temperature: float) -> list[float]:
+    """Log-probability of every whole answer under the reference."""
+    from rlhf.data.chat import join
+    from rlhf.data.collate import batches_by_tokens, pad_right
+    from rlhf.models.policy import masked_logprobs
+
+    examples = [join(given.prompt_ids, given.response_ids) for given in answers]
+    sums = torch.zeros(len(examples))
+    with torch.no_grad():
+        for group in batches_by_tokens([len(example.input_ids) for example in examples], 32_768):
+            backbone = reference.backbone
+            batch = pad_right([examples[i] for i in group], backbone.tokenizer.pad_token_id).to(backbone.device)
+            logprobs = masked_logprobs(
+                backbone,
+                reference.adapter,
+                batch.input_ids_BT,
+                batch.attention_mask_BT,
+                batch.loss_mask_BT,
+                temperature=temperature or 1.0,
+            )
+            sums[group] = logprobs.sum(dim=1).cpu()
+    return [float(value) for value in sums]
+
+
+def reward_pairs(parts: Parts) -> tuple[list[RewardPair], float | None]:
+    """The reward model's scores of held-out pairs, and milliseconds per answer."""
+    if parts.reward is None or not parts.pairs:
+        return [], None
+    scores = score_pairs(parts.reward, parts.pairs, 16_384)
+    pairs = []
+    for example, chosen, rejected in zip(parts.pairs, scores.chosen_B.tolist(), scores.rejected_B.tolist(), strict=True):
+        columns = example.row.columns
+        pairs.append(
+            RewardPair(
+                family=str(columns.get("family", columns.get("subset", "all"))),
+                chosen_score=chosen,
+                rejected_score=rejected,
+                chosen_length=len(example.chosen_ids),
+                rejected_length=len(example.rejected_ids),
+                gold_chosen=columns.get("gold_chosen"),
+                gold_rejected=columns.get("gold_rejected"),
+            )
+        )
+    return pairs, scores.ms_per_sample
+
+
+def stage_cost_of(source: str, output_dir: Path) -> Cost | None:
+    """What a run cost, from its record; None for what is no run."""
+    for place in (Path(source), output_dir / source):
+        if (place / RUN_INFO).is_file():
+            cost = read_run_info(place).get("cost")
+            return None if cost is None else Cost(**cost)
+    return None
+
+
+def stage_costs(config: EvaluateConfig) -> dict[str, Cost]:
+    """Costs of the stages whose curves are shown, in that order; stages that are models too come under their names."""
+    costs = {title: stage_cost_of(source, config.run.output_dir) for title, source in config.histories.items()}
+    return {title: cost for title, cost in costs.items() if cost is not None}
+
+
+def histories(config: EvaluateConfig) -> dict[str, list[dict[str, float]]]:
+    """The logs of the stages named in the config."""
+    found = {}
+    for title, source in config.histories.items():
+        for place in (Path(source), config.run.output_dir / source):
+            if (place / RUN_INFO).is_file():
+                found[title] = read_history(place / "logs" / "train.jsonl")
+    return found
+
+
+def notes(config: EvaluateConfig, run: Run, parts: Parts) -> dict[str, str | int | float]:
+    """How it was measured."""
+    counts: dict[str, int] = {}
+    for prompt in parts.prompts:
+        counts[prompt.split] = counts.get(prompt.split, 0) + 1
+    return {
+        "seed": config.run.seed,
+        "prompts": ", ".join(f"{number} {split}" for split, number in counts.items()),
+        "sampling": f"one answer per prompt at temperature {config.generation.temperature:g}, at most "
+        f"{config.generation.max_new_tokens} tokens" + (", and greedy answers" if config.greedy else ""),
+        "device": f"{run.device}, {config.run.dtype}, {run.info['num_threads']} threads",
+        "machine": f"{platform.machine()}, {run.info['num_cpus']} cores, {platform.system()}",
+        "versions": ", ".join(f"{name} {version}" for name, version in run.info["versions"].items()),
+    }
+
+
+def _scorer() -> GoldScorer:
+    from rlhf.data.tinychat.rows import shared_scorer
+
+    return shared_scorer()

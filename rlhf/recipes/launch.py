@@ -1,0 +1,86 @@
+"""Starting and resuming a stage: what can be refused is refused before anything is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+
+from rlhf.infra.config import Config, refuse_idle_keys
+from rlhf.infra.device import resolve_device, set_num_threads
+from rlhf.infra.experiment import Run, RunConfig
+from rlhf.infra.profiling import peak_memory_mb, reset_peak_memory
+from rlhf.recipes.supervised import Progress
+
+Parts = TypeVar("Parts")
+REJECTED_ROWS = "rejected_rows.jsonl"
+
+
+class StageConfig(Protocol):
+    """Any recipe's config: it has a `run` section."""
+
+    @property
+    def run(self) -> RunConfig: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class Stopped(KeyboardInterrupt):
+    """A stage was asked to end before it was done; `run` says where it can be taken up."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(f"interrupted; go on with: {run.resume_command}")
+        self.run = run
+
+
+def launch(
+    recipe: str,
+    config: ConfigT,
+    prepare: Callable[[ConfigT, torch.device, Path], Parts],
+    train: Callable[[ConfigT, Run, Parts], tuple[int, int]],
+    *,
+    settings: RunConfig,
+    lineage: Mapping[str, str] | None = None,
+    data_files: Iterable[Path] = (),
+    resume: Path | None = None,
+) -> Run:
+    """Run one stage: `prepare` loads models and data and may refuse them, `train` returns (optimizer steps, tokens).
+
+    `prepare` gets a path for rows that cannot be read; it lies beside the run folder until the run has one. Seconds,
+    tokens, steps and peak memory are kept in `run.json` under `cost`.
+
+    Raises:
+        UserError: models, data or settings cannot serve; nothing was written (bad rows excepted).
+        Stopped: Ctrl-C; a checkpoint was written.
+    """
+    refuse_idle_keys(config)
+    device = resolve_device(settings.device)
+    set_num_threads(settings.num_threads)
+    reset_peak_memory(device)
+    started = time.perf_counter()
+    aside = settings.output_dir / f"{settings.name or recipe}.{REJECTED_ROWS}"
+    parts = prepare(config, device, aside)
+    run = Run.open(resume) if resume is not None else Run.create(recipe, config, settings, lineage, data_files)
+    with run:
+        if aside.is_file():
+            aside.replace(run.folder / REJECTED_ROWS)
+        steps, tokens = train(config, run, parts)
+        earlier = run.info.get("cost", {}) if resume is not None else {}
+        run.info["cost"] = {
+            "seconds": time.perf_counter() - started + earlier.get("seconds", 0.0),
+            "tokens": tokens,
+            "optimizer_steps": steps,
+            "peak_memory_mb": max(peak_memory_mb(device), earlier.get("peak_memory_mb", 0.0)),
+        }
+    if run.stop_reason == "interrupted":
+        raise Stopped(run)
+    return run
+
+
+def stage_cost(progress: Progress) -> tuple[int, int]:
+    """(optimizer steps, tokens) of a supervised stage."""
+    return progress.step, progress.tokens

@@ -1,0 +1,195 @@
+"""The whole way in one command: data, (pre-training), SFT, reward model, DPO, PPO, evaluation, report.
+
+Every stage is an ordinary run inside the pipeline's folder, made by the same recipe as when it is started alone, and
+finds what the stages before it left by name. Taken up again, a pipeline skips what is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field
+
+from rlhf.data.data_config import SourceConfig
+from rlhf.data.tinychat import LabellerConfig, preference_pairs, prompt_rows
+from rlhf.eval.report import ReportPaths
+from rlhf.infra.config import Config, explicit_keys
+from rlhf.infra.experiment import Run, RunConfig
+from rlhf.infra.run_folder import RUN_INFO, read_run_info
+from rlhf.recipes.dpo import DPOConfig, run_dpo
+from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
+from rlhf.recipes.launch import Stopped
+from rlhf.recipes.ppo import run_ppo
+from rlhf.recipes.ppo_config import PPOConfig
+from rlhf.recipes.pretrain import PretrainConfig, run_pretrain
+from rlhf.recipes.reward import RewardConfig, run_reward
+from rlhf.recipes.sft import SFTConfig, run_sft
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class WorldConfig(Config):
+    """Data of the built-in world, written into the run before the first stage; unused where data are named."""
+
+    num_pairs: int = Field(3_000, ge=10, description="labelled training pairs; SFT imitates their chosen side")
+    num_validation_pairs: int = Field(300, ge=10, description="labelled pairs for early stopping and the best weights")
+    num_prompts: int = Field(4_000, ge=10, description="prompts that PPO samples answers to")
+    labeller: LabellerConfig = Field(default_factory=LabellerConfig, description="who prefers: temperature, noise, biases")
+
+
+class PipelineConfig(Config):
+    """`rlhf pipeline`."""
+
+    run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device: for all stages")
+    data: SourceConfig | None = Field(None, description="pairs for all stages; null: the built-in world")
+    world: WorldConfig = Field(default_factory=WorldConfig, description="how much of the built-in world")
+    pretrain: PretrainConfig | None = Field(None, description="make the base model first; null: sft.model names it")
+    sft: SFTConfig = Field(default_factory=SFTConfig, description="supervised fine-tuning")
+    reward: RewardConfig = Field(default_factory=RewardConfig, description="reward model, on the SFT policy's trunk")
+    dpo: DPOConfig | None = Field(default_factory=DPOConfig, description="direct preference optimisation; null: left out")
+    ppo: PPOConfig | None = Field(default_factory=PPOConfig, description="PPO against the reward model; null: left out")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="the comparison and its report")
+
+
+def run_pipeline(config: PipelineConfig, resume: Path | None = None) -> tuple[Run, ReportPaths | None]:
+    """Run (or take up) every stage; returns the pipeline's run and its report, None if time ran out before it.
+
+    Raises:
+        UserError: a stage cannot start.
+        Stopped: Ctrl-C; the command to go on is in the message.
+    """
+    report: ReportPaths | None = None
+    run = Run.open(resume) if resume is not None else Run.create("pipeline", config, config.run)
+    with run:
+        started = time.perf_counter()
+        try:
+            config = with_sources(config, run.folder)
+            for name, start in stages(config).items():
+                if run.should_stop():
+                    run.logger.info(f"stopping before stage {name}: {run.stop_reason}; go on with: {run.resume_command}")
+                    break
+                run.logger.info(f"stage {name}")
+                run_stage(name, start, run)
+            else:
+                report = evaluated(config, run)
+        except Stopped:
+            run.should_stop()
+            raise Stopped(run) from None
+        finally:
+            earlier = run.info.get("cost", {}).get("seconds", 0.0)
+            run.info["cost"] = {"seconds": earlier + time.perf_counter() - started}
+    return run, report
+
+
+def stages(config: PipelineConfig) -> dict[str, Callable[[Path | None], Run]]:
+    """The training stages in order; each takes the folder to resume, or None."""
+    sft, reward, dpo, ppo, pretrain = config.sft, config.reward, config.dpo, config.ppo, config.pretrain
+    made: dict[str, Callable[[Path | None], Run]] = {}
+    if pretrain is not None:
+        made["pretrain"] = lambda resume: run_pretrain(pretrain, resume)
+    made["sft"] = lambda resume: run_sft(sft, resume)
+    made["reward"] = lambda resume: run_reward(reward, resume)
+    if dpo is not None:
+        made["dpo"] = lambda resume: run_dpo(dpo, resume)
+    if ppo is not None:
+        made["ppo"] = lambda resume: run_ppo(ppo, resume)
+    return made
+
+
+def run_stage(name: str, start: Callable[[Path | None], Run], run: Run) -> None:
+    """Start a stage, take it up where it was interrupted, or pass it by where it is finished."""
+    folder = run.folder / name
+    status = read_run_info(folder)["status"] if (folder / RUN_INFO).is_file() else None
+    if status == "finished":
+        run.logger.info(f"stage {name} is finished already")
+        return
+    start(folder if status is not None else None)
+
+
+def with_sources(config: PipelineConfig, folder: Path) -> PipelineConfig:
+    """The config with every stage's run, data and predecessors filled in."""
+    names = {"sft": "sft", "reward": "reward", "dpo": "dpo", "ppo": "ppo", "evaluate": "eval", "pretrain": "pretrain"}
+    files = write_world(config, folder) if config.data is None else None
+    update: dict[str, Any] = {}
+    for section, name in names.items():
+        stage = getattr(config, section)
+        if stage is None:
+            continue
+        run = stage.run.model_copy(
+            update={
+                **config.run.model_dump(exclude={"name", "output_dir", "overwrite"}),
+                "name": name,
+                "output_dir": folder,
+                "overwrite": True,
+            }
+        )
+        changes: dict[str, Any] = {"run": run}
+        if files is None:
+            changes["data"] = _with_pairs(stage.data, config.data)
+        elif section != "evaluate":
+            changes["data"] = stage.data.model_copy(update=files["prompts" if section == "ppo" else "pairs"])
+        update[section] = stage.model_copy(update=changes)
+    return config.model_copy(update=_chained(update))
+
+
+def write_world(config: PipelineConfig, folder: Path) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Draw the built-in world's pairs and prompts into JSONL files, once; returns the data keys that name them."""
+    world, seed = config.world, config.run.seed
+    makers: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "pairs": lambda: preference_pairs("train", world.num_pairs, seed, world.labeller),
+        "validation_pairs": lambda: preference_pairs("validation", world.num_validation_pairs, seed, world.labeller),
+        "prompts": lambda: prompt_rows("train", world.num_prompts, seed),
+        "validation_prompts": lambda: prompt_rows("validation", world.num_validation_pairs, seed),
+    }
+    paths = {name: folder / "data" / f"{name}.jsonl" for name in makers}
+    for name, make in makers.items():
+        if not paths[name].is_file():
+            paths[name].parent.mkdir(exist_ok=True)
+            partial = paths[name].with_suffix(".part")
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in make())
+            partial.replace(paths[name])
+    return {
+        kind: {"train_files": (str(paths[kind]),), "validation_files": (str(paths[f"validation_{kind}"]),)}
+        for kind in ("pairs", "prompts")
+    }
+
+
+def evaluated(config: PipelineConfig, run: Run) -> ReportPaths:
+    """All models side by side, on prompts that no stage has seen."""
+    run.logger.info("stage eval")
+    models = {"base": config.sft.model.name_or_path, "sft": "sft"}
+    models |= {name: name for name in ("dpo", "ppo") if getattr(config, name) is not None}
+    shown = {"pretrain": "pretrain"} if config.pretrain is not None else {}
+    shown |= {"sft": "sft", "reward": "reward"} | {name: name for name in ("dpo", "ppo") if name in models}
+    evaluation = config.evaluate.model_copy(update={"models": models, "reward_model": "reward", "histories": shown})
+    return run_evaluation(evaluation)[1]
+
+
+def _chained(update: Mapping[str, Any]) -> dict[str, Any]:
+    """Each stage starts from the one before it: SFT from the pre-trained base, the others from SFT."""
+    chained = dict(update)
+    if "pretrain" in chained:
+        model = chained["sft"].model.model_copy(update={"name_or_path": "pretrain"})
+        chained["sft"] = chained["sft"].model_copy(update={"model": model})
+    chained["reward"] = _defaulting(chained["reward"], "backbone", "sft")
+    if "dpo" in chained:
+        chained["dpo"] = chained["dpo"].model_copy(update={"policy": "sft"})
+    if "ppo" in chained:
+        chained["ppo"] = _defaulting(chained["ppo"].model_copy(update={"policy": "sft"}), "reward_model", "reward")
+    return chained
+
+
+def _defaulting(stage: ConfigT, key: str, value: str) -> ConfigT:
+    """Fill a key that the user left alone; an encoder of one's own as reward backbone stays."""
+    return stage if key in explicit_keys(stage) else stage.model_copy(update={key: value})
+
+
+def _with_pairs(stage_data: SourceConfig, shared: SourceConfig | None) -> SourceConfig:
+    assert shared is not None
+    keys = explicit_keys(shared) & set(SourceConfig.model_fields)
+    return stage_data.model_copy(update={key: getattr(shared, key) for key in keys})

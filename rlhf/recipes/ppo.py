@@ -1,0 +1,355 @@
+"""Proximal policy optimisation against a reward, read from top to bottom:
+
+    sample -> score -> shape rewards -> estimate advantages -> update -> report -> checkpoint
+
+One frozen base carries policy, reference, value and reward (see `rlhf.models.backbone`). Log-probabilities and values
+of the samples are kept from generation; the reference is asked once per rollout; the update makes several epochs of
+mini-batches over the experience and ends early when the policy has moved far enough.
+
+Left out on purpose: a pre-training loss mixed in (PPO-ptx), an exponential average of the weights, critic warm-up.
+Legend: B sequences, R response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf.algo.advantages import gae
+from rlhf.algo.kl import KLController
+from rlhf.algo.masked import masked_whiten
+from rlhf.algo.ppo_loss import entropy_loss, kl_from_old, policy_loss, value_loss
+from rlhf.algo.trainer import LossOutput, StepReport, Trainer
+from rlhf.data.chat import ChatEncoder
+from rlhf.data.collate import batches_by_tokens
+from rlhf.data.order import epoch_order
+from rlhf.data.prompt_dataset import PromptDataset, PromptExample, gather_columns
+from rlhf.infra.determinism import derive_seed, rng_state, seed_everything
+from rlhf.infra.errors import UserError
+from rlhf.infra.experiment import Run
+from rlhf.infra.profiling import PhaseTimer
+from rlhf.models.policy import Policy
+from rlhf.models.reference import Reference
+from rlhf.recipes.launch import launch
+from rlhf.recipes.ppo_config import PPOConfig
+from rlhf.recipes.ppo_report import PPOReport
+from rlhf.recipes.ppo_state import load_state, save_state
+from rlhf.recipes.sft import announce
+from rlhf.recipes.stages import POLICY, build_reward, save_policy, start_policy
+from rlhf.rewards.detectors import refusal_flags, repetition_share
+from rlhf.rewards.protocol import CombinedReward, Scores
+from rlhf.rewards.shaping import RunningMoments, ShapedScores, shape_scores, token_rewards
+from rlhf.rollout.sampler import Sampler
+from rlhf.rollout.trajectory import Experience, Trajectory
+
+
+@dataclass
+class Progress:
+    """What changes from iteration to iteration besides weights and optimizer; all of it is in a checkpoint."""
+
+    step: int
+    kl: KLController
+    moments: RunningMoments
+    tokens: int = 0
+    first_length: float | None = None
+
+
+class PPO:
+    """The algorithm over its parts; `train` is the whole of it."""
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        run: Run,
+        policy: Policy,
+        reference: Reference,
+        reward: CombinedReward,
+        prompts: Sequence[PromptExample],
+        encoder: ChatEncoder,
+    ) -> None:
+        if not prompts:
+            raise UserError("there is no prompt to sample answers for; give a prompt set with at least one row")
+        if config.ppo.num_mini_batches > config.ppo.rollout_batch_size:
+            raise UserError(
+                f"ppo.num_mini_batches is {config.ppo.num_mini_batches}, but a rollout has only "
+                f"{config.ppo.rollout_batch_size} rows; use at most that many"
+            )
+        self.config, self.run, self.policy, self.reference = config, run, policy, reference
+        self.reward, self.prompts, self.encoder = reward, prompts, encoder
+        self.sampler = Sampler(policy, config.generation, encoder.stop_token_ids)
+        self.trainer = Trainer(
+            policy.trainable_parameters(), config.optimizer, config.num_optimizer_steps, scale_loss=config.run.dtype == "fp16"
+        )
+        self.progress = Progress(0, KLController.from_config(config.kl), RunningMoments())
+        self.timer = PhaseTimer(run.device)
+        self.report = PPOReport(run, self.timer)
+        if run.resumed_from is not None:
+            load_state(run.resumed_from, self.policy, self.trainer, self.progress)
+
+    def train(self) -> Progress:
+        """Iterate to the end or to a stop request."""
+        total = self.config.ppo.num_iterations
+        with self.run.logger.progress("PPO", total) as advance:
+            advance(self.progress.step)
+            while self.progress.step < total:
+                batch = self.next_prompts()
+                trajectory = self.sample(batch)
+                scores = self.score(batch, trajectory)
+                shaped = self.shape(batch, trajectory, scores)
+                experience = self.estimate_advantages(trajectory, scores, shaped)
+                updates = self.update(experience)
+                self.progress = self.advanced(experience)
+                self.report.log(self.progress, experience, scores, shaped, updates, self.trainer)
+                advance(1, reward=self.report.last["reward/mean"], kl=self.report.last["kl/mean"])
+                stopping = self.run.should_stop()
+                if stopping or self.checkpoint_due() or self.progress.step == total:
+                    with self.timer("save"):
+                        save_state(self.run.checkpoints, self.policy, self.trainer, self.progress, rng_state())
+                if stopping:
+                    break
+        return self.progress
+
+    def next_prompts(self) -> list[PromptExample]:
+        """The prompts of this iteration: epochs over the set in an order that only seed and step decide."""
+        size, wanted = self.config.ppo.rollout_batch_size, []
+        for position in range(self.progress.step * size, (self.progress.step + 1) * size):
+            epoch, place = divmod(position, len(self.prompts))
+            wanted.append(self.prompts[epoch_order(len(self.prompts), self.run.config.seed, epoch)[place]])
+        return wanted
+
+    def sample(self, batch: Sequence[PromptExample]) -> Trajectory:
+        """Answers by the current policy, with log-probabilities and values from the forward that drew them."""
+        seed_everything(derive_seed(self.run.config.seed, "ppo", self.progress.step))
+        with self.timer("generate"):
+            self.sampler.weights_version = self.progress.step
+            prompt_ids = [example.prompt_ids for example in batch]
+            trajectory = self.sampler.sample(prompt_ids, derive_seed(self.run.config.seed, "rollout", self.progress.step))
+            if self.config.ppo.recompute_logprobs or trajectory.values_BR is None:
+                trajectory = self.recomputed(trajectory)
+        return trajectory
+
+    def score(self, batch: Sequence[PromptExample], trajectory: Trajectory) -> Scores:
+        """What the rewards say of every answer."""
+        with self.timer("score"):
+            columns = gather_columns(batch) | {
+                "prompt_ids": trajectory.prompts(),
+                "completion_ids": trajectory.responses(),
+                "finished": trajectory.finished_B.tolist(),
+            }
+            completions = self.encoder.decode_batch(columns["completion_ids"])
+            return self.reward([example.prompt for example in batch], completions, columns)
+
+    def shape(self, batch: Sequence[PromptExample], trajectory: Trajectory, scores: Scores) -> ShapedScores:
+        """Normalise and clip the scores, subtract the penalties."""
+        completions = self.encoder.decode_batch(trajectory.responses())
+        device = trajectory.response_ids_BR.device
+        return shape_scores(
+            torch.tensor(scores.total, device=device),
+            trajectory,
+            self.config.shaping,
+            self.progress.moments,
+            torch.tensor([repetition_share(text) for text in completions], device=device),
+            torch.tensor(refusal_flags(completions), device=device),
+        )
+
+    def estimate_advantages(self, trajectory: Trajectory, scores: Scores, shaped: ShapedScores) -> Experience:
+        """KL against the reference into the reward, generalised advantage estimation, whitening over the whole batch."""
+        with self.timer("reference"):
+            reference_BR = self._in_micro_batches(trajectory, self._reference_logprobs)
+        with self.timer("advantage"):
+            settings, mask_BR = self.config.ppo, trajectory.response_mask_BR
+            rewards_BR = token_rewards(
+                trajectory, shaped.scores_B, reference_BR, self.progress.kl.coefficient, self.config.kl.estimator
+            )
+            if settings.whiten_rewards:
+                rewards_BR = masked_whiten(rewards_BR, mask_BR, subtract_mean=False)
+            values_BR = trajectory.values_BR
+            assert values_BR is not None
+            bootstrap_B = self._values_after_end(trajectory) if settings.bootstrap_truncated else None
+            estimated = gae(
+                rewards_BR, values_BR, mask_BR, gamma=settings.gamma, lam=settings.lam, bootstrap_values_B=bootstrap_B
+            )
+            advantages_BR = estimated.advantages_BR
+            if settings.whiten_advantages:
+                advantages_BR = masked_whiten(advantages_BR, mask_BR)
+            return Experience(
+                trajectory,
+                reference_BR,
+                rewards_BR,
+                values_BR,
+                advantages_BR,
+                estimated.returns_BR,
+                torch.tensor(scores.total, device=mask_BR.device),
+                (trajectory.logprobs_BR - reference_BR).sum(dim=1),
+            )
+
+    def update(self, experience: Experience) -> list[StepReport]:
+        """Epochs of mini-batches; the rest is left out once the mean k3 estimate of KL(old, new) passes the bound."""
+        settings, reports = self.config.ppo, list[StepReport]()
+        with self.timer("update"):
+            for epoch in range(settings.num_ppo_epochs):
+                order = epoch_order(len(experience), derive_seed(self.run.config.seed, "mini", self.progress.step), epoch)
+                for mini in torch.tensor(order, device=experience.scores_B.device).chunk(settings.num_mini_batches):
+                    part = experience.select(mini)
+                    reports.append(self.trainer.step(self._micro_batches(part), self._loss(part)))
+                    bound = settings.target_kl
+                    if bound is not None and reports[-1].metrics["policy/kl_old_new"] > bound:
+                        return reports
+        return reports
+
+    def _loss(self, part: Experience) -> Callable[[Experience], LossOutput]:
+        num_tokens = part.trajectory.response_mask_BR.sum()
+        settings = self.config.ppo
+
+        def loss(micro: Experience) -> LossOutput:
+            trajectory, mask_BR = micro.trajectory, micro.trajectory.response_mask_BR
+            now = self.policy.response_statistics(
+                trajectory.input_ids_BT, trajectory.attention_mask_BT, mask_BR, trajectory.temperature
+            )
+            assert now.values_BR is not None
+            log_ratio_BR = now.logprobs_BR - trajectory.logprobs_BR
+            policy_term = policy_loss(
+                log_ratio_BR,
+                micro.advantages_BR,
+                mask_BR,
+                num_tokens,
+                clip_low=settings.clip_range,
+                clip_high=settings.clip_range_high or settings.clip_range,
+            )
+            value_term = value_loss(
+                now.values_BR, micro.values_BR, micro.returns_BR, mask_BR, num_tokens, settings.clip_range_value
+            )
+            entropy_term = entropy_loss(now.entropy_BR, mask_BR, num_tokens)
+            total = policy_term.loss + settings.vf_coef * value_term.loss + settings.entropy_coef * entropy_term
+            metrics = {
+                "policy/loss": policy_term.loss.detach(),
+                "policy/clip_fraction": policy_term.clip_fraction,
+                "policy/kl_old_new": kl_from_old(log_ratio_BR, mask_BR, num_tokens),
+                "policy/ratio_deviation": (log_ratio_BR.detach().exp() - 1).abs()[mask_BR].sum() / num_tokens,
+                "policy/entropy_in_update": -entropy_term.detach(),
+                "value/loss": value_term.loss.detach(),
+                "value/clip_fraction": value_term.clip_fraction,
+            }
+            return LossOutput(total, metrics)
+
+        return loss
+
+    def _micro_batches(self, part: Experience) -> list[Experience]:
+        lengths = part.trajectory.attention_mask_BT.sum(dim=1).tolist()
+        groups = batches_by_tokens(lengths, self.config.ppo.max_tokens_per_micro_batch)
+        return [part.select(torch.tensor(group, device=part.scores_B.device)) for group in groups]
+
+    def advanced(self, experience: Experience) -> Progress:
+        """The state after this iteration: the KL coefficient follows the batch just measured."""
+        mean_kl, tokens = float(experience.kl_B.mean()), int(experience.trajectory.response_mask_BR.sum())
+        return replace(
+            self.progress,
+            step=self.progress.step + 1,
+            kl=self.progress.kl.updated(mean_kl, len(experience)),
+            tokens=self.progress.tokens + tokens,
+            first_length=self.progress.first_length or float(experience.trajectory.lengths_B.float().mean()),
+        )
+
+    def checkpoint_due(self) -> bool:
+        every = self.run.config.save_every_steps
+        return every is not None and self.progress.step % every == 0
+
+    @torch.no_grad()
+    def recomputed(self, trajectory: Trajectory) -> Trajectory:
+        """Old log-probabilities and values from one forward of the trainer instead of generation's."""
+
+        def statistics(part: Trajectory) -> Tensor:
+            now = self.policy.response_statistics(
+                part.input_ids_BT, part.attention_mask_BT, part.response_mask_BR, part.temperature
+            )
+            assert now.values_BR is not None
+            return torch.stack([now.logprobs_BR, now.values_BR])
+
+        logprobs_BR, values_BR = self._in_micro_batches(trajectory, statistics)
+        if not self.config.ppo.recompute_logprobs:
+            logprobs_BR = trajectory.logprobs_BR
+        return replace(trajectory, logprobs_BR=logprobs_BR, values_BR=values_BR)
+
+    def _reference_logprobs(self, part: Trajectory) -> Tensor:
+        return self.reference.logprobs(
+            part.input_ids_BT, part.attention_mask_BT, part.response_mask_BR, part.temperature
+        )
+
+    @torch.no_grad()
+    def _values_after_end(self, trajectory: Trajectory) -> Tensor:
+        """V of the state after the last token (B,), 0 for answers that ended by themselves."""
+        backbone, head = self.policy.backbone, self.policy.value_head
+        assert head is not None
+        adapter = self.policy.value_adapter or self.policy.adapter
+        hidden_BTD = backbone.hidden(trajectory.input_ids_BT, trajectory.attention_mask_BT, adapter=adapter)
+        last_B = trajectory.prompt_ids_BP.shape[1] + trajectory.lengths_B - 1
+        values_B = head(hidden_BTD[torch.arange(len(trajectory), device=last_B.device), last_B])
+        return torch.where(trajectory.finished_B, torch.zeros_like(values_B), values_B)
+
+    def _in_micro_batches(self, trajectory: Trajectory, function: Callable[[Trajectory], Tensor]) -> Tensor:
+        """Apply a (..., b, r) valued function to parts sorted by length; the results under one another, (..., B, R)."""
+        lengths = trajectory.attention_mask_BT.sum(dim=1).tolist()
+        whole: Tensor | None = None
+        for group in batches_by_tokens(lengths, 2 * self.config.ppo.max_tokens_per_micro_batch):
+            rows = torch.tensor(group, device=trajectory.response_ids_BR.device)
+            values = function(trajectory.select(rows))
+            if whole is None:
+                whole = values.new_zeros(*values.shape[:-2], *trajectory.response_mask_BR.shape)
+            whole[..., rows, : values.shape[-1]] = values
+        assert whole is not None
+        return whole
+
+
+@dataclass(frozen=True)
+class PPOParts:
+    """Models, reward and prompts, loaded and found usable."""
+
+    policy: Policy
+    reference: Reference
+    reward: CombinedReward
+    prompts: PromptDataset
+    encoder: ChatEncoder
+
+
+def run_ppo(config: PPOConfig, resume: Path | None = None) -> Run:
+    """Optimise a policy against rewards; it is in `<run>/policy`."""
+    lineage = {"policy": config.policy} | ({"reward_model": config.reward_model} if config.reward_model else {})
+    return launch(
+        "ppo",
+        config,
+        prepare,
+        train,
+        settings=config.run,
+        lineage=lineage,
+        data_files=config.data.files(),
+        resume=resume,
+    )
+
+
+def prepare(config: PPOConfig, device: torch.device, rejected_rows: Path) -> PPOParts:
+    """Policy, reference and critic on one base, the rewards, and the prompts."""
+    start = start_policy(
+        config.policy, config.model, config.run, device, config.ppo.value_head, config.ppo.value_adapter
+    )
+    backbone = start.policy.backbone
+    encoder = ChatEncoder(backbone.tokenizer, config.data.system_prompt)
+    prompts, _ = PromptDataset.load(config.data, encoder, rejected_rows)
+    reward = build_reward(config.rewards, config.reward_model, config.run.output_dir, backbone, config.data.system_prompt)
+    # Loading a reward adapter onto the shared base must not leave it trainable.
+    if start.policy.adapter is not None:
+        backbone.train_only([start.policy.adapter, *([start.policy.value_adapter] if start.policy.value_adapter else [])])
+    return PPOParts(start.policy, start.reference, reward, prompts, encoder)
+
+
+def train(config: PPOConfig, run: Run, parts: PPOParts) -> tuple[int, int]:
+    """The algorithm, then the policy with its tokenizer into the run folder."""
+    announce(run, parts.policy.backbone, str(parts.prompts.report))
+    ppo = PPO(config, run, parts.policy, parts.reference, parts.reward, parts.prompts.examples, parts.encoder)
+    progress = ppo.train()
+    if run.stop_reason != "interrupted":
+        save_policy(parts.policy.backbone, parts.policy.adapter, run.folder / POLICY)
+    return ppo.trainer.step_count, progress.tokens

@@ -1,0 +1,123 @@
+"""The metrics of one PPO iteration; every mean is over responses or over response tokens, padding never counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf.algo.kl import clamped_share
+from rlhf.algo.trainer import StepReport, Trainer, mean_reports
+from rlhf.infra.experiment import Run
+from rlhf.infra.profiling import PhaseTimer, peak_memory_mb, per_second
+from rlhf.rewards.protocol import Scores
+from rlhf.rewards.shaping import ShapedScores
+from rlhf.rollout.trajectory import Experience
+
+if TYPE_CHECKING:
+    from rlhf.recipes.ppo import Progress
+
+
+class PPOReport:
+    """Turns what an iteration produced into one line of the log; `last` is the line before."""
+
+    def __init__(self, run: Run, timer: PhaseTimer) -> None:
+        self.run, self.timer, self.last = run, timer, dict[str, float]()
+
+    def log(
+        self,
+        progress: Progress,
+        experience: Experience,
+        scores: Scores,
+        shaped: ShapedScores,
+        updates: Sequence[StepReport],
+        trainer: Trainer,
+    ) -> None:
+        line = reward_metrics(experience, scores, shaped) | shaped.metrics | text_metrics(experience, progress)
+        line |= value_metrics(experience) | mean_reports(updates)
+        line |= {
+            "kl/coefficient": progress.kl.coefficient,
+            "policy/logprob_gap": updates[0].metrics["policy/ratio_deviation"],
+            "train/optimizer_steps": trainer.step_count,
+            "train/updates_this_iteration": len(updates),
+            "train/skipped_steps": trainer.skipped_count,
+            "train/learning_rate": updates[-1].learning_rate,
+            "train/grad_norm": sum(u.grad_norm for u in updates) / len(updates),
+            "train/loss": sum(u.loss for u in updates) / len(updates),
+            "train/tokens": progress.tokens,
+        }
+        line |= self._speed(experience)
+        self.last = line
+        self.run.logger.log(progress.step, line)
+
+    def _speed(self, experience: Experience) -> dict[str, float]:
+        seconds = self.timer.seconds()
+        self.timer.reset()
+        tokens = int(experience.trajectory.response_mask_BR.sum())
+        line = {f"time/{phase}": value for phase, value in seconds.items()}
+        line["rate/tokens_per_second"] = per_second(tokens, sum(seconds.values()))
+        line["rate/generated_tokens_per_second"] = per_second(tokens, seconds.get("generate", 0.0))
+        line["memory/peak_mb"] = peak_memory_mb(self.run.device)
+        return line
+
+
+def reward_metrics(experience: Experience, scores: Scores, shaped: ShapedScores) -> dict[str, float]:
+    """Scores as the rewards gave them and after shaping, each term by name, and the KL per response."""
+    kl_B = experience.kl_B.float()
+    line = {
+        "reward/mean": _mean(experience.scores_B),
+        "reward/std": _std(experience.scores_B),
+        "reward/shaped_mean": _mean(shaped.scores_B),
+        "reward/return_mean": _mean(experience.rewards_BR.sum(dim=1)),
+        "kl/mean": _mean(kl_B),
+        "kl/p95": float(kl_B.quantile(0.95)),
+        "kl/clamped_share": float(
+            clamped_share(
+                experience.trajectory.logprobs_BR - experience.reference_logprobs_BR, experience.trajectory.response_mask_BR
+            )
+        ),
+    }
+    return line | {f"reward/term/{name}": sum(values) / len(values) for name, values in scores.by_term.items()}
+
+
+def text_metrics(experience: Experience, progress: Progress) -> dict[str, float]:
+    """Length and its drift since the first iteration, finished answers, entropy of the distributions sampled from."""
+    trajectory = experience.trajectory
+    length = _mean(trajectory.lengths_B.float())
+    return {
+        "length/mean": length,
+        "length/max": float(trajectory.lengths_B.max()),
+        "length/drift": length / (progress.first_length or length) - 1,
+        "length/finished_share": _mean(trajectory.finished_B.float()),
+        "entropy/mean": _mean(trajectory.entropy_BR[trajectory.response_mask_BR]),
+        "policy/truncated_mass": trajectory.truncated_mass,
+        "padding/share": 1 - _mean(trajectory.attention_mask_BT.float()),
+    }
+
+
+def value_metrics(experience: Experience) -> dict[str, float]:
+    """Advantages before whitening (return minus value), values, returns, and how much of the returns values explain."""
+    mask_BR = experience.trajectory.response_mask_BR
+    returns_M, values_M = experience.returns_BR[mask_BR], experience.values_BR[mask_BR]
+    raw_M = returns_M - values_M
+    variance = float(returns_M.var()) if returns_M.numel() > 1 else 0.0
+    error = float(raw_M.var()) if raw_M.numel() > 1 else 0.0
+    return {
+        "advantage/mean": _mean(raw_M),
+        "advantage/std": _std(raw_M),
+        "advantage/min": float(raw_M.min()),
+        "advantage/max": float(raw_M.max()),
+        "value/mean": _mean(values_M),
+        "value/return_mean": _mean(returns_M),
+        "value/explained_variance": 1 - error / variance if variance > 0 else 0.0,
+    }
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.float().mean())
+
+
+def _std(values: Tensor) -> float:
+    return float(values.float().std()) if values.numel() > 1 else float(torch.zeros(()))

@@ -1,0 +1,65 @@
+"""From a run folder back to the recipe that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rlhf.infra.config import Config, load_config
+from rlhf.infra.errors import UserError
+from rlhf.infra.experiment import Run
+from rlhf.infra.run_folder import CONFIG, read_run_info
+from rlhf.recipes.dpo import DPOConfig, run_dpo
+from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
+from rlhf.recipes.pipeline import PipelineConfig
+from rlhf.recipes.ppo import run_ppo
+from rlhf.recipes.ppo_config import PPOConfig
+from rlhf.recipes.pretrain import PretrainConfig, run_pretrain
+from rlhf.recipes.reward import RewardConfig, run_reward
+from rlhf.recipes.sft import SFTConfig, run_sft
+
+CONFIGS: dict[str, type[Config]] = {
+    "pretrain": PretrainConfig,
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+    "ppo": PPOConfig,
+    "eval": EvaluateConfig,
+    "pipeline": PipelineConfig,
+}
+
+
+def config_class(recipe: str) -> type[Config]:
+    """The config class of a recipe by its name; `rm` is another word for reward."""
+    name = "reward" if recipe == "rm" else recipe
+    if name not in CONFIGS:
+        raise UserError(f"no recipe '{recipe}'; choose from {', '.join(CONFIGS)}")
+    return CONFIGS[name]
+
+
+def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -> Run | None:
+    """Take a run up with the configuration it was started with; needs nothing but the folder.
+
+    Raises:
+        UserError: the folder is no run, or its run is finished.
+    """
+    info = read_run_info(folder)
+    if info["status"] == "finished" and info.get("stop_reason") is None:
+        raise UserError(f"run '{folder}' is finished; there is nothing to resume")
+    config = load_config(config_class(info["recipe"]), folder / CONFIG)
+    if isinstance(config, PipelineConfig):
+        pipeline(config, folder)
+        return None
+    if isinstance(config, PretrainConfig):
+        return run_pretrain(config, folder)
+    if isinstance(config, SFTConfig):
+        return run_sft(config, folder)
+    if isinstance(config, RewardConfig):
+        return run_reward(config, folder)
+    if isinstance(config, DPOConfig):
+        return run_dpo(config, folder)
+    if isinstance(config, PPOConfig):
+        return run_ppo(config, folder)
+    assert isinstance(config, EvaluateConfig)
+    # An evaluation has no half-way state but the answers in its cache.
+    return run_evaluation(config.model_copy(update={"run": config.run.model_copy(update={"overwrite": True})}))[0]

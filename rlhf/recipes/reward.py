@@ -1,0 +1,196 @@
+"""Reward modelling: a scalar head learns from pairs which answer people preferred (Bradley-Terry)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlhf.algo.reward_loss import bradley_terry_loss
+from rlhf.algo.trainer import LossOutput, OptimizerConfig, Trainer
+from rlhf.data.chat import ChatEncoder, join
+from rlhf.data.collate import PairBatch, batches_by_tokens, pad_right, pair_batch
+from rlhf.data.data_config import DataConfig
+from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
+from rlhf.infra.config import Config
+from rlhf.infra.experiment import Run, RunConfig
+from rlhf.models.backbone import ModelConfig
+from rlhf.models.reward_model import RewardModel, RewardModelConfig, ScoreScale
+from rlhf.recipes.launch import launch, stage_cost
+from rlhf.recipes.sft import announce
+from rlhf.recipes.stages import REWARD_MODEL, load_policy
+from rlhf.recipes.supervised import Method, SupervisedLoop, TrainingConfig, Validation
+
+
+class RewardConfig(Config):
+    """`rlhf rm`."""
+
+    run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device")
+    backbone: str = Field("tinychat", description="what the score is read from: an SFT run, a folder or a hub name")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="adapters and how the base is held")
+    reward: RewardModelConfig = Field(default_factory=RewardModelConfig, description="pooling and what is trained")
+    data: DataConfig = Field(default_factory=DataConfig, description="preference pairs")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="length and batches")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
+    use_margin: bool = Field(True, description="subtract a pair's margin, where the data has one, inside the sigmoid")
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Raw scores of validation pairs, (B,) each, and the milliseconds one answer took in batches."""
+
+    chosen_B: Tensor
+    rejected_B: Tensor
+    ms_per_sample: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of pairs ordered as labelled, ties half."""
+        difference = self.chosen_B - self.rejected_B
+        return float(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
+
+
+@dataclass(frozen=True)
+class RewardParts:
+    """Model and tokenised pairs, loaded and found usable."""
+
+    model: RewardModel
+    train: list[PreferenceExample]
+    validation: list[PreferenceExample]
+    report: str
+
+
+def run_reward(config: RewardConfig, resume: Path | None = None) -> Run:
+    """Train on pairs; the model with the best validation loss is in `<run>/reward_model`."""
+    return launch(
+        "reward",
+        config,
+        prepare,
+        train,
+        settings=config.run,
+        lineage={"backbone": config.backbone},
+        data_files=config.data.files(),
+        resume=resume,
+    )
+
+
+def prepare(config: RewardConfig, device: torch.device, rejected_rows: Path) -> RewardParts:
+    """Backbone with adapter and head; a LoRA adapter starts from the SFT adapter's weights where there is one."""
+    held = config.model.model_copy(update={"train": "full" if config.reward.train == "full" else "lora"})
+    loaded = load_policy(config.backbone, held, config.run.output_dir, device, config.run.dtype)
+    torch.manual_seed(config.run.seed)
+    adapter = loaded.adapter if config.reward.train == "frozen" else "reward"
+    if loaded.adapter is not None and config.reward.train == "lora":
+        loaded.backbone.copy_adapter(loaded.adapter, "reward")
+    model = RewardModel(loaded.backbone, adapter, config.reward.pooling, config.reward.train, config.model)
+    encoder = ChatEncoder(model.tokenizer, config.data.system_prompt)
+    data, validation = PreferenceDataset.load(config.data, encoder, rejected_rows)
+    return RewardParts(model, data.examples, validation.examples if validation else [], str(data.report))
+
+
+def train(config: RewardConfig, run: Run, parts: RewardParts) -> tuple[int, int]:
+    """The loop, the scale of the scores, then the model into the run folder."""
+    model = parts.model
+    announce(run, model.backbone, parts.report)
+    method = pair_method(model, parts.train, parts.validation, config)
+    trainer = Trainer(
+        model.trainable_parameters(),
+        config.optimizer,
+        config.training.num_steps(len(parts.train)),
+        scale_loss=config.run.dtype == "fp16",
+    )
+    with model.backbone.adapter_dropout(config.model.lora.lora_dropout):
+        progress = SupervisedLoop(run, trainer, config.training, method, "reward model").train()
+    if run.stop_reason != "interrupted":
+        scores = score_pairs(model, parts.validation or parts.train[:256], config.training.max_tokens_per_micro_batch)
+        both = torch.cat([scores.chosen_B, scores.rejected_B])
+        model.scale = ScoreScale(float(both.mean()), float(both.std()) if float(both.std()) > 0 else 1.0)
+        model.save(run.folder / REWARD_MODEL)
+        run.logger.info(
+            f"accuracy {scores.accuracy:.3f} on {len(scores.chosen_B)} pairs, scores {model.scale.mean:.2f} +- "
+            f"{model.scale.std:.2f}, {scores.ms_per_sample:.2f} ms per answer"
+        )
+    return stage_cost(progress)
+
+
+def pair_method(
+    model: RewardModel, examples: Sequence[PreferenceExample], validation: Sequence[PreferenceExample], config: RewardConfig
+) -> Method[PairBatch]:
+    """Bradley-Terry on pairs; both answers of a pair go through the model in one batch."""
+    limit = config.training.max_tokens_per_micro_batch
+
+    def micro_batches(rows: Sequence[int]) -> list[PairBatch]:
+        part = [examples[i] for i in rows]
+        groups = batches_by_tokens([2 * longest_side(example) for example in part], limit)
+        pad = model.tokenizer.pad_token_id
+        return [pair_batch([part[i] for i in group], pad).to(model.backbone.device) for group in groups]
+
+    def loss(rows: Sequence[int]) -> Callable[[PairBatch], LossOutput]:
+        num_pairs = len(rows)
+
+        def one(pairs: PairBatch) -> LossOutput:
+            scores = model(pairs.batch.input_ids_BT, pairs.batch.attention_mask_BT)
+            chosen_B, rejected_B = scores.chunk(2)
+            losses_B = bradley_terry_loss(chosen_B, rejected_B, pairs.margins_B if config.use_margin else None)
+            difference = (chosen_B - rejected_B).detach()
+            metrics = {
+                "train/accuracy": ((difference > 0).float() + 0.5 * (difference == 0).float()).sum() / num_pairs,
+                "train/margin": difference.sum() / num_pairs,
+                "train/chosen_reward": chosen_B.detach().sum() / num_pairs,
+                "train/rejected_reward": rejected_B.detach().sum() / num_pairs,
+            }
+            return LossOutput(losses_B.sum() / num_pairs, metrics)
+
+        return one
+
+    def validate() -> Validation:
+        scores = score_pairs(model, validation, limit)
+        both, difference = torch.cat([scores.chosen_B, scores.rejected_B]), scores.chosen_B - scores.rejected_B
+        metrics = {
+            "accuracy": scores.accuracy,
+            "loss": float(bradley_terry_loss(scores.chosen_B, scores.rejected_B).mean()),
+            "margin": float(difference.mean()),
+            "reward_mean": float(both.mean()),
+            "reward_std": float(both.std()),
+            "reward_min": float(both.min()),
+            "reward_max": float(both.max()),
+        }
+        # Loss rather than accuracy: it is smoother on a few hundred pairs and sees over-confidence as well.
+        return Validation(metrics, "loss", lower_is_better=True)
+
+    return Method(
+        num_rows=len(examples),
+        micro_batches=micro_batches,
+        loss=loss,
+        num_tokens=lambda rows: sum(num_tokens(examples[i]) for i in rows),
+        validate=validate if validation else None,
+    )
+
+
+@torch.no_grad()
+def score_pairs(model: RewardModel, examples: Sequence[PreferenceExample], max_tokens: int) -> PairScores:
+    """Scores of both answers of every pair, in the order given, in batches of like length."""
+    answers = [join(e.prompt_ids, ids) for e in examples for ids in (e.chosen_ids, e.rejected_ids)]
+    scores = torch.zeros(len(answers), device=model.backbone.device)
+    started = time.perf_counter()
+    for group in batches_by_tokens([len(answer.input_ids) for answer in answers], max_tokens):
+        batch = pad_right([answers[i] for i in group], model.tokenizer.pad_token_id).to(model.backbone.device)
+        scores[group] = model(batch.input_ids_BT, batch.attention_mask_BT)
+    paired = scores.view(-1, 2).cpu()
+    seconds = time.perf_counter() - started
+    return PairScores(paired[:, 0], paired[:, 1], 1000 * seconds / max(1, len(answers)))
+
+
+def longest_side(example: PreferenceExample) -> int:
+    """Tokens of the prompt with the longer answer."""
+    return len(example.prompt_ids) + max(len(example.chosen_ids), len(example.rejected_ids))
+
+
+def num_tokens(example: PreferenceExample) -> int:
+    """Tokens of both sides, the prompt counted twice as it is processed."""
+    return 2 * len(example.prompt_ids) + len(example.chosen_ids) + len(example.rejected_ids)

@@ -1,0 +1,190 @@
+"""How one stage finds what another left: policies and reward models by run name, folder or hub name.
+
+A run that trains a policy keeps it in `<run>/policy` (adapter in PEFT's format with the tokenizer, or a whole model), one
+that trains a reward model in `<run>/reward_model`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from rlhf.infra.errors import UserError
+from rlhf.infra.experiment import RunConfig
+from rlhf.infra.run_folder import RUN_INFO, find_run
+from rlhf.models.adapter_files import load_adapter, save_adapter
+from rlhf.models.backbone import BUNDLED_MODEL, Backbone, ModelConfig
+from rlhf.models.lora import merge_lora_weights
+from rlhf.models.policy import Policy
+from rlhf.models.reference import Reference
+from rlhf.models.reward_model import load_reward_model
+from rlhf.models.value_head import ValueHead
+from rlhf.rewards.learned import LearnedReward
+from rlhf.rewards.protocol import CombinedReward, RewardFunction, RewardTerm, RewardTermConfig, load_function
+from rlhf.rewards.rules import RULES, make_rule
+
+POLICY, REWARD_MODEL = "policy", "reward_model"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A backbone and the adapter on it that makes it the policy; None is the base as it is."""
+
+    backbone: Backbone
+    adapter: str | None
+
+
+def locate(source: str, output_dir: Path, kind: str) -> str:
+    """The folder behind a run's name or path, or the source itself where it is a model folder or a hub name.
+
+    Raises:
+        UserError: the run has not produced what is asked of it.
+    """
+    if source == BUNDLED_MODEL:
+        return source
+    for place in (Path(source), output_dir / source):
+        if (place / RUN_INFO).is_file():
+            if not (place / kind).is_dir():
+                raise UserError(f"run '{place}' holds no {kind.replace('_', ' ')}: let it finish first, or name another run")
+            return str(place / kind)
+        if place.is_dir():
+            return str(place)
+    # owner/name is how hubs spell a model; anything else that is not here can only have been meant as a run.
+    return source if source.count("/") == 1 else str(find_run(source, output_dir))
+
+
+def load_policy(
+    source: str, config: ModelConfig, output_dir: Path, device: torch.device, dtype: str = "fp32", adapter: str = "sft"
+) -> LoadedPolicy:
+    """Load base and adapter of a policy; `config` says how the base is to be held, the source which base it is."""
+    folder = locate(source, output_dir, POLICY)
+    if not (Path(folder) / ADAPTER_CONFIG).is_file():
+        backbone = Backbone.load(config.model_copy(update={"name_or_path": folder}), dtype, device)
+        return LoadedPolicy(backbone, None)
+    base = base_of(folder)
+    has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
+    place = {"name_or_path": base, "tokenizer": folder if has_tokenizer else config.tokenizer}
+    backbone = Backbone.load(config.model_copy(update=place), dtype, device)
+    load_adapter(backbone.model, folder, adapter)
+    return LoadedPolicy(backbone, adapter)
+
+
+def save_policy(backbone: Backbone, adapter: str | None, folder: Path) -> None:
+    """Write an adapter in PEFT's format, or the whole model where there is none; the tokenizer beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if adapter is None:
+        backbone.model.save_pretrained(folder)
+    else:
+        save_adapter(backbone.model, adapter, folder, backbone.name, task_type="CAUSAL_LM")
+    backbone.tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class StartedPolicy:
+    """A policy that is ready to train, the reference it started as, and the value head where one was asked for."""
+
+    policy: Policy
+    reference: Reference
+
+
+def start_policy(
+    source: str,
+    config: ModelConfig,
+    run: RunConfig,
+    device: torch.device,
+    value_head: Literal["linear", "mlp"] | None = None,
+    value_adapter: bool = False,
+) -> StartedPolicy:
+    """Policy and reference from one source, on one frozen base wherever adapters are trained.
+
+    The policy's adapter begins as a copy of the source's; a source without one is its own reference, and the policy gets
+    a fresh adapter. Under full fine-tuning the reference is a second, frozen model.
+    """
+    loaded = load_policy(source, config, run.output_dir, device, run.dtype)
+    backbone = loaded.backbone
+    torch.manual_seed(run.seed)
+    head = None if value_head is None else ValueHead(backbone.width, value_head).to(device)
+    if config.train == "full":
+        if loaded.adapter is not None:
+            merge_lora_weights(backbone.model, loaded.adapter)
+        frozen = load_policy(source, config, run.output_dir, device, run.dtype)
+        backbone.model.requires_grad_(True)
+        return StartedPolicy(Policy(backbone, None, head), Reference(frozen.backbone, frozen.adapter))
+    trained = ["policy"] + (["value"] if value_adapter else [])
+    for name in trained:
+        if loaded.adapter is None:
+            backbone.add_adapter(name, config.lora)
+        else:
+            backbone.copy_adapter(loaded.adapter, name)
+    backbone.train_only(trained)
+    policy = Policy(backbone, "policy", head, "value" if value_adapter else None)
+    return StartedPolicy(policy, Reference(backbone, loaded.adapter))
+
+
+def build_reward(
+    terms: Sequence[RewardTermConfig],
+    reward_model: str | None,
+    output_dir: Path,
+    backbone: Backbone,
+    system_prompt: str | None = None,
+) -> CombinedReward:
+    """Rules, functions and the reward model, by name; a reward model of the same base joins the policy's backbone.
+
+    Raises:
+        UserError: a name means nothing, or `model` is asked for and `reward_model` names none.
+    """
+    made = []
+    for term in terms:
+        if term.name == "model":
+            if reward_model is None:
+                raise UserError("the reward `model` needs reward_model=<run, folder or hub name>, or use rules alone")
+            model = load_reward_model(locate(reward_model, output_dir, REWARD_MODEL), backbone, backbone.dtype_name)
+            function: RewardFunction = LearnedReward(model, backbone.tokenizer, system_prompt)
+        elif term.name in RULES:
+            function = make_rule(term.name, term.arguments)
+        elif ":" in term.name:
+            function = load_function(term.name)
+        else:
+            raise UserError(f"no reward '{term.name}': take `model`, module:function, or one of {', '.join(sorted(RULES))}")
+        made.append(RewardTerm(term.name, function, term.weight))
+    return CombinedReward(made)
+
+
+class PolicyShelf:
+    """Several policies side by side; those on the same base share it, each under an adapter name of its own."""
+
+    def __init__(self, config: ModelConfig, output_dir: Path, device: torch.device, dtype: str) -> None:
+        self.config, self.output_dir, self.device, self.dtype = config, output_dir, device, dtype
+        self._backbones: dict[str, Backbone] = {}
+        self._count = 0
+
+    def load(self, source: str) -> LoadedPolicy:
+        """The policy of a run, folder or hub name; its base is loaded once however many policies stand on it."""
+        folder = locate(source, self.output_dir, POLICY)
+        if not (Path(folder) / ADAPTER_CONFIG).is_file():
+            if folder not in self._backbones:
+                self._backbones[folder] = Backbone.load(
+                    self.config.model_copy(update={"name_or_path": folder}), self.dtype, self.device
+                )
+            return LoadedPolicy(self._backbones[folder], None)
+        base = base_of(folder)
+        self._count += 1
+        name = f"policy_{self._count}"
+        if base in self._backbones:
+            load_adapter(self._backbones[base].model, folder, name)
+            return LoadedPolicy(self._backbones[base], name)
+        loaded = load_policy(source, self.config, self.output_dir, self.device, self.dtype, name)
+        self._backbones[base] = loaded.backbone
+        return loaded
+
+
+def base_of(adapter_folder: str) -> str:
+    """Name or folder of the base model that an adapter was trained on."""
+    description = json.loads((Path(adapter_folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return str(description["base_model_name_or_path"])

@@ -1,0 +1,104 @@
+"""What a reward is, and how several are put together.
+
+A reward is a function `f(prompts, completions, **columns) -> list[float]`, the convention of the ecosystem: a user's own
+function, a rule, a learned model, a verifier and a judge are interchangeable. `columns` holds one list per extra column
+of the prompt set, and these, which every reward may use or ignore:
+
+    prompt_ids, completion_ids   token ids as sampled (list[list[int]]), the stop token included
+    finished                     whether each answer ended by itself (list[bool])
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from rlhf.data.rows import Prompt
+from rlhf.infra.config import Config
+from rlhf.infra.errors import UserError
+
+RewardFunction = Callable[..., Sequence[float]]
+
+
+class RewardTermConfig(Config):
+    """One reward and its weight."""
+
+    name: str = Field(description="a rule's name, `model`, or a function as `module:function` or `file.py:function`")
+    weight: float = Field(1.0, description="what its value is multiplied with before all terms are added")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="settings of a rule, such as `text` of target_string")
+
+
+@dataclass(frozen=True)
+class RewardTerm:
+    """A named reward function and its weight."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The weighted sum per answer, and each term's own values before weighting."""
+
+    total: list[float]
+    by_term: dict[str, list[float]]
+
+
+class CombinedReward:
+    """The weighted sum of reward terms."""
+
+    def __init__(self, terms: Sequence[RewardTerm]) -> None:
+        if not terms:
+            raise UserError("no reward was given; name at least one under `rewards`, a rule or `model`")
+        self.terms = list(terms)
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> Scores:
+        """Score every answer. A reward that returns the wrong number of values raises `UserError`."""
+        total = [0.0] * len(completions)
+        by_term: dict[str, list[float]] = {}
+        for term in self.terms:
+            values = [float(value) for value in term.function(prompts, completions, **columns)]
+            if len(values) != len(completions):
+                raise UserError(f"reward '{term.name}' returned {len(values)} values for {len(completions)} completions")
+            by_term[term.name] = values
+            total = [t + term.weight * v for t, v in zip(total, values, strict=True)]
+        return Scores(total, by_term)
+
+
+def load_function(name: str) -> RewardFunction:
+    """Import a user's reward by `package.module:function` or `path/to/file.py:function`.
+
+    Raises:
+        UserError: nothing of that name is there, or it cannot take the prompt set's columns.
+    """
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        path = Path(place)
+        spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+        if spec is None or spec.loader is None:
+            raise UserError(f"no reward '{name}': there is no file {place}")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            raise UserError(f"no reward '{name}': {error}") from error
+    function = vars(module).get(attribute)
+    if not callable(function):
+        raise UserError(f"no reward '{name}': {place} defines no function '{attribute}'")
+    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise UserError(f"reward '{name}' must take **columns beside prompts and completions")
+    result: RewardFunction = function
+    return result

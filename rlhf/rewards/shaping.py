@@ -1,0 +1,107 @@
+"""From one score per answer to one reward per token: normalise, clip, penalise, charge the KL.
+
+Legend: B sequences, R response tokens. The score is paid on the last response token (checklist V1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlhf.algo.kl import KL_ESTIMATORS
+from rlhf.infra.config import Config
+from rlhf.rollout.trajectory import Trajectory
+
+
+class ShapingConfig(Config):
+    """What happens to a score before it becomes a reward, in this order."""
+
+    normalise: bool = Field(True, description="subtract the running mean of all scores so far and divide by their deviation")
+    clip: float | None = Field(5.0, gt=0, description="clip the (normalised) score to +- this; null: no clip")
+    missing_eos_penalty: float = Field(1.0, ge=0, description="subtracted where an answer was cut off")
+    length_budget: int | None = Field(None, ge=1, description="tokens that are free; null: no length penalty")
+    length_penalty: float = Field(0.01, ge=0, description="subtracted per token beyond the budget")
+    repetition_penalty: float = Field(0.0, ge=0, description="subtracted, times the share of repeated 4-grams")
+    refusal_penalty: float = Field(0.0, ge=0, description="subtracted where the refusal detector fires")
+
+    def idle_keys(self) -> dict[str, str]:
+        idle = {}
+        if self.length_budget is None:
+            idle["length_penalty"] = "length_budget is null, so no token is beyond it"
+        return idle
+
+
+@dataclass
+class RunningMoments:
+    """Mean and variance of all scores seen so far, by the parallel update of Chan et al. (1979); kept in checkpoints."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    sum_of_squares: float = 0.0
+
+    def update(self, scores_B: Tensor) -> None:
+        number, mean = scores_B.numel(), float(scores_B.double().mean())
+        squares = float((scores_B.double() - mean).square().sum())
+        delta, total = mean - self.mean, self.count + number
+        self.sum_of_squares += squares + delta * delta * self.count * number / total
+        self.mean += delta * number / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Deviation with Bessel's correction; 1 before two scores were seen or while all are equal."""
+        if self.count < 2 or self.sum_of_squares == 0:
+            return 1.0
+        return float((self.sum_of_squares / (self.count - 1)) ** 0.5)
+
+
+@dataclass(frozen=True)
+class ShapedScores:
+    """Scores after shaping (B,), and metrics of what shaping did."""
+
+    scores_B: Tensor
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def shape_scores(
+    scores_B: Tensor,
+    trajectory: Trajectory,
+    config: ShapingConfig,
+    moments: RunningMoments,
+    repetition_B: Tensor,
+    refused_B: Tensor,
+) -> ShapedScores:
+    """Apply `ShapingConfig` in its order. `moments` takes in this batch first, so its own scores are normalised by it.
+
+    `repetition_B` is the share of repeated n-grams in [0, 1], `refused_B` bool.
+    """
+    shaped = scores_B.float()
+    moments.update(shaped)
+    if config.normalise:
+        shaped = (shaped - moments.mean) / moments.std
+    metrics = {
+        "reward/outlier_share": float(((scores_B - moments.mean).abs() > 5 * moments.std).float().mean()),
+        "refusal/rate": float(refused_B.float().mean()),
+        "repetition/mean": float(repetition_B.mean()),
+    }
+    if config.clip is not None:
+        metrics["reward/clipped_share"] = float((shaped.abs() > config.clip).float().mean())
+        shaped = shaped.clamp(-config.clip, config.clip)
+    shaped = shaped - config.missing_eos_penalty * (~trajectory.finished_B).float()
+    if config.length_budget is not None:
+        shaped = shaped - config.length_penalty * (trajectory.lengths_B - config.length_budget).clamp(min=0)
+    shaped = shaped - config.repetition_penalty * repetition_B - config.refusal_penalty * refused_B.float()
+    return ShapedScores(shaped, metrics)
+
+
+def token_rewards(
+    trajectory: Trajectory, scores_B: Tensor, reference_logprobs_BR: Tensor, kl_coefficient: float, estimator: str
+) -> Tensor:
+    """-beta * kl_t on every response token, plus the score on the last one; (B, R), 0 where the mask is False."""
+    log_ratio_BR = trajectory.logprobs_BR - reference_logprobs_BR
+    rewards_BR = -kl_coefficient * KL_ESTIMATORS[estimator](log_ratio_BR)
+    rewards_BR = torch.where(trajectory.last_token_BR, rewards_BR + scores_B.unsqueeze(1), rewards_BR)
+    return torch.where(trajectory.response_mask_BR, rewards_BR, torch.zeros_like(rewards_BR))
