@@ -1,3 +1,3 @@
-"""Train a language model from human preferences: supervised fine-tuning, reward models, DPO, PPO and their evaluation."""
+"""Train a language model from human preferences: fine-tuning, reward models, DPO, PPO and their evaluation."""
 
 __version__ = "0.1.0"

@@ -22,10 +22,10 @@ from rlhf.eval.intervals import (
     wilson,
 )
 from rlhf.eval.samples import Sample
+from rlhf.rewards.detectors import repetition_share
 
 Measure = Callable[[Sample], "float | None"]
 _WORD = re.compile(r"\w+")
-_REPEATED_NGRAM = 4
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,6 @@ def distinct_n(responses: Iterable[str], n: int) -> float:
         total += len(grams)
         seen.update(grams)
     return len(seen) / total if total else 0.0
-
-
-def repetition_share(response: str, n: int = _REPEATED_NGRAM) -> float:
-    """Return the share of a response's n-word sequences that had already occurred in it; 0 when it is shorter."""
-    grams = _ngrams(response, n)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def correlation(pairs: Iterable[tuple[float | None, float | None]]) -> Correlation | None:

@@ -1,7 +1,8 @@
 """Tell code that cannot interfere with anything from code that might, by its syntax alone.
 
 A function that returns one expression of operators, slices, comprehensions and well-known value-returning builtins has
-no side effects: it can share a process with others of its kind. Everything else gets a process of its own.
+no side effects, and text that does not parse never runs: such jobs can share a process. Everything else gets a process
+of its own.
 """
 
 from __future__ import annotations
@@ -46,13 +47,15 @@ _EXPRESSIONS = (
 )  # fmt: skip
 
 
-def is_pure_function(code: str) -> bool:
-    """Tell whether the code is one `def` with a single return, or one named lambda, made of harmless expressions."""
+def cannot_interfere(code: str) -> bool:
+    """Tell whether the code is one `def` with a single return or one named lambda, of harmless expressions, or no code."""
     if len(code) > _MAX_CHARACTERS:
         return False
     try:
         body = ast.parse(code).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except SyntaxError:
+        return True
+    except (ValueError, RecursionError, MemoryError):
         return False
     if len(body) != 1:
         return False
@@ -64,8 +67,8 @@ def _arguments_and_value(statement: ast.stmt) -> tuple[ast.arguments, ast.expr] 
     if isinstance(statement, ast.FunctionDef):
         last = statement.body[-1]
         bare = not statement.decorator_list and statement.returns is None and len(statement.body) == 1
-        if bare and isinstance(last, ast.Return) and last.value is not None:
-            return statement.args, last.value
+        if bare and isinstance(last, ast.Return):
+            return statement.args, last.value or ast.Constant(None)
     if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Lambda):
         named = len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name)
         return (statement.value.args, statement.value.body) if named else None

@@ -30,7 +30,7 @@ from pydantic import Field
 
 from rlhf.infra.config import Config
 from rlhf.infra.errors import UserError
-from rlhf.infra.pure_code import is_pure_function
+from rlhf.infra.pure_code import cannot_interfere
 
 _WORKER = Path(__file__).with_name("sandbox_worker.py")
 # What the parent grants beyond a job's own wall time before it takes the worker itself for lost.
@@ -115,7 +115,7 @@ class Sandbox:
 
     def _run_all(self, jobs: Sequence[SandboxJob]) -> list[SandboxResult]:
         results: dict[int, SandboxResult] = {}
-        harmless = [index for index, job in enumerate(jobs) if is_pure_function(job.code)]
+        harmless = [index for index, job in enumerate(jobs) if cannot_interfere(job.code)]
         for start in range(0, len(harmless), _JOBS_PER_PROCESS):
             batch = harmless[start : start + _JOBS_PER_PROCESS]
             together = self._run_together([jobs[index] for index in batch])

@@ -45,17 +45,26 @@ class EvaluateConfig(Config):
 
     run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device")
     models: dict[str, str] = Field(
-        default={"base": "tinychat"}, description="what is compared, in order of training: {name shown: run, folder or hub name}"
+        default={"base": "tinychat"},
+        description="what is compared, in order of training: {name shown: run, folder or hub name}",
     )
-    reference: str | None = Field(None, description="the model the others are compared with; null: sft, or else the first")
+    reference: str | None = Field(
+        None, description="the model the others are compared with; null: sft, or else the first"
+    )
     model: ModelConfig = Field(default_factory=ModelConfig, description="how base models are held")
-    reward_model: str | None = Field(None, description="run or folder of a reward model; null: answers get no such score")
-    data: PromptDataConfig = Field(default_factory=PromptDataConfig, description="prompts; tinychat has suites of its own")
+    reward_model: str | None = Field(
+        None, description="run or folder of a reward model; null: answers get no such score"
+    )
+    data: PromptDataConfig = Field(
+        default_factory=PromptDataConfig, description="prompts; tinychat has suites of its own"
+    )
     num_reward_pairs: int = Field(1_000, ge=0, description="held-out pairs that the reward model is measured on")
     suite: SuiteConfig = Field(default_factory=SuiteConfig, description="how many prompts of each kind")
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="how answers are drawn")
     greedy: bool = Field(True, description="also answer the held-out prompts greedily")
-    use_cache: bool = Field(True, description="keep answers under <output_dir>/cache and reuse those of the same weights")
+    use_cache: bool = Field(
+        True, description="keep answers under <output_dir>/cache and reuse those of the same weights"
+    )
     histories: dict[str, str] = Field(default={}, description="runs whose training curves are shown: {title: run}")
     title: str = Field("Evaluation report", description="heading of the report")
 
@@ -113,7 +122,9 @@ def prepare(config: EvaluateConfig, device: torch.device, rejected_rows: Path) -
     encoder = ChatEncoder(backbone.tokenizer, config.data.system_prompt)
     reward, learned = None, None
     if config.reward_model is not None:
-        loaded = load_reward_model(locate(config.reward_model, config.run.output_dir, REWARD_MODEL), backbone, config.run.dtype)
+        loaded = load_reward_model(
+            locate(config.reward_model, config.run.output_dir, REWARD_MODEL), backbone, config.run.dtype
+        )
         learned = LearnedReward(loaded, backbone.tokenizer, config.data.system_prompt)
         reward = loaded if isinstance(loaded, RewardModel) else None
     if config.data.is_tinychat:
@@ -266,7 +277,9 @@ def reward_pairs(parts: Parts) -> tuple[list[RewardPair], float | None]:
         return [], None
     scores = score_pairs(parts.reward, parts.pairs, 16_384)
     pairs = []
-    for example, chosen, rejected in zip(parts.pairs, scores.chosen_B.tolist(), scores.rejected_B.tolist(), strict=True):
+    for example, chosen, rejected in zip(
+        parts.pairs, scores.chosen_B.tolist(), scores.rejected_B.tolist(), strict=True
+    ):
         columns = example.row.columns
         pairs.append(
             RewardPair(

@@ -38,7 +38,9 @@ class WorldConfig(Config):
     num_pairs: int = Field(3_000, ge=10, description="labelled training pairs; SFT imitates their chosen side")
     num_validation_pairs: int = Field(300, ge=10, description="labelled pairs for early stopping and the best weights")
     num_prompts: int = Field(4_000, ge=10, description="prompts that PPO samples answers to")
-    labeller: LabellerConfig = Field(default_factory=LabellerConfig, description="who prefers: temperature, noise, biases")
+    labeller: LabellerConfig = Field(
+        default_factory=LabellerConfig, description="who prefers: temperature, noise, biases"
+    )
 
 
 class PipelineConfig(Config):
@@ -50,7 +52,9 @@ class PipelineConfig(Config):
     pretrain: PretrainConfig | None = Field(None, description="make the base model first; null: sft.model names it")
     sft: SFTConfig = Field(default_factory=SFTConfig, description="supervised fine-tuning")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="reward model, on the SFT policy's trunk")
-    dpo: DPOConfig | None = Field(default_factory=DPOConfig, description="direct preference optimisation; null: left out")
+    dpo: DPOConfig | None = Field(
+        default_factory=DPOConfig, description="direct preference optimisation; null: left out"
+    )
     ppo: PPOConfig | None = Field(default_factory=PPOConfig, description="PPO against the reward model; null: left out")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="the comparison and its report")
 
@@ -70,7 +74,9 @@ def run_pipeline(config: PipelineConfig, resume: Path | None = None) -> tuple[Ru
             config = with_sources(config, run.folder)
             for name, start in stages(config).items():
                 if run.should_stop():
-                    run.logger.info(f"stopping before stage {name}: {run.stop_reason}; go on with: {run.resume_command}")
+                    run.logger.info(
+                        f"stopping before stage {name}: {run.stop_reason}; go on with: {run.resume_command}"
+                    )
                     break
                 run.logger.info(f"stage {name}")
                 run_stage(name, start, run)

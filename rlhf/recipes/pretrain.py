@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -15,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from rlhf.algo.trainer import OptimizerConfig, Trainer
 from rlhf.data.chat import ChatEncoder
-from rlhf.data.instruction_dataset import InstructionDataset
 from rlhf.data.data_config import InstructionDataConfig
+from rlhf.data.instruction_dataset import InstructionDataset
 from rlhf.data.loading import load_splits
 from rlhf.data.rows import InstructionRow, PreferenceRow, Row, TextRow
 from rlhf.infra.config import Config
@@ -49,12 +50,18 @@ class ArchitectureConfig(Config):
     tokenizer: str | None = Field(None, description="use this tokenizer instead of training one")
 
 
+class PretrainDataConfig(InstructionDataConfig):
+    """Texts of which every token is learnt."""
+
+    train_on: Literal["every_token"] = Field("every_token", description="fixed: pre-training learns from every token")
+
+
 class PretrainConfig(Config):
     """`rlhf pretrain`."""
 
     run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device")
     architecture: ArchitectureConfig = Field(default_factory=ArchitectureConfig, description="shape of the model")
-    data: InstructionDataConfig = Field(default_factory=lambda: InstructionDataConfig(train_on="every_token"), description="texts of any format")
+    data: PretrainDataConfig = Field(default_factory=PretrainDataConfig, description="texts of any format")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="length and batches")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
     packing: bool = Field(True, description="several texts in one row of data.max_length tokens")
@@ -62,8 +69,6 @@ class PretrainConfig(Config):
 
 def run_pretrain(config: PretrainConfig, resume: Path | None = None) -> Run:
     """Train tokenizer and model; a plain Hugging Face folder is left in `<run>/policy`."""
-    if config.data.train_on != "every_token":
-        raise UserError(f"data.train_on is '{config.data.train_on}'; pre-training learns from every token: every_token")
     return launch(
         "pretrain", config, prepare, train, settings=config.run, data_files=config.data.files(), resume=resume
     )
@@ -79,7 +84,9 @@ def prepare(config: PretrainConfig, device: torch.device, rejected_rows: Path) -
         tokenizer = train_tokenizer(_texts(rows.rows), shape.vocab_size)
     encoder = ChatEncoder(tokenizer)
     data = InstructionDataset.from_rows(rows, encoder, config.data)
-    held = [] if validation_rows is None else InstructionDataset.from_rows(validation_rows, encoder, config.data).examples
+    held = (
+        [] if validation_rows is None else InstructionDataset.from_rows(validation_rows, encoder, config.data).examples
+    )
     torch.manual_seed(config.run.seed)
     backbone = Backbone(build_model(shape, tokenizer), tokenizer, "pretrained", config.run.dtype).to(device)
     backbone.model.requires_grad_(True)
@@ -130,8 +137,8 @@ def build_model(shape: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) -
     """A Qwen2 with random weights of this shape, its special tokens those of the tokenizer."""
     if shape.hidden_size % shape.num_attention_heads or shape.num_attention_heads % shape.num_key_value_heads:
         raise UserError(
-            f"hidden_size {shape.hidden_size} must be a multiple of num_attention_heads {shape.num_attention_heads}, and "
-            f"that of num_key_value_heads {shape.num_key_value_heads}"
+            f"hidden_size {shape.hidden_size} must be a multiple of num_attention_heads "
+            f"{shape.num_attention_heads}, and that of num_key_value_heads {shape.num_key_value_heads}"
         )
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -156,5 +163,7 @@ def _texts(rows: Iterable[Row]) -> Iterator[str]:
             yield row.text
             continue
         prompt = row.prompt if isinstance(row.prompt, str) else "\n".join(turn["content"] for turn in row.prompt)
-        answer = row.chosen if isinstance(row, PreferenceRow) else row.response if isinstance(row, InstructionRow) else ""
+        answer = (
+            row.chosen if isinstance(row, PreferenceRow) else row.response if isinstance(row, InstructionRow) else ""
+        )
         yield f"{prompt} {answer}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rlhf.rewards.refusal import detect_refusal
 
-REPEATED_NGRAM = 3
+REPEATED_NGRAM = 4
 
 
 def refusal_flags(completions: Sequence[str]) -> list[bool]:
@@ -16,6 +17,6 @@ def refusal_flags(completions: Sequence[str]) -> list[bool]:
 
 def repetition_share(text: str, n: int = REPEATED_NGRAM) -> float:
     """Share of an answer's n-word sequences that had occurred in it before, in [0, 1]; 0 for fewer than n words."""
-    words = text.lower().split()
+    words = re.findall(r"\w+", text.lower())
     ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

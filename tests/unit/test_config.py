@@ -34,8 +34,8 @@ class RecipeConfig(Config):
     num_mini_batches: int = Field(2, ge=1)
     kl: KLConfig = KLConfig()
     quant: QuantConfig | None = None
-    columns: dict[str, Any] = {}
-    rewards: list[RewardConfig] = []
+    columns: dict[str, Any] = Field(default_factory=dict)
+    rewards: list[RewardConfig] = Field(default_factory=list)
     steps: int | Literal["auto"] = "auto"
     folder: Path | None = None
 

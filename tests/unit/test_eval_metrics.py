@@ -21,11 +21,11 @@ from rlhf.eval.metrics import (
     measure,
     refusal_change,
     refusal_rate,
-    repetition_share,
 )
 from rlhf.eval.reward_accuracy import RewardPair, calibration_bins, reward_accuracy
 from rlhf.eval.samples import Sample, read_samples, write_samples
 from rlhf.infra.errors import UserError
+from rlhf.rewards.detectors import repetition_share
 
 PLAIN = Sample(
     prompt_id="p0", prompt="q", family="facts", split="heldout", response="a b c", num_tokens=4, finished=True

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.eval.refusal import detect_refusal
+from rlhf.rewards.refusal import detect_refusal
 
 _XSTEST = Path(__file__).resolve().parents[3] / "shared" / "data" / "xstest"
 _HUMAN = {"1_full_compliance": "none", "2_full_refusal": "full", "3_partial_refusal": "partial"}

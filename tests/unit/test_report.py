@@ -362,7 +362,7 @@ def test_console_table_has_the_summary() -> None:
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    source = dataclasses.replace(full_input(), num_examples=2)
+    source = dataclasses.replace(full_input(), num_examples=2, histories={"ppo": history()}, reward_pairs=())
     one, two = write_report(tmp_path / "one", source), write_report(tmp_path / "two", source)
     assert one.html.read_bytes() == two.html.read_bytes()
     assert one.data.read_bytes() == two.data.read_bytes()

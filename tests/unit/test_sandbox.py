@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.infra import sandbox_worker
-from rlhf.infra.pure_code import is_pure_function
+from rlhf.infra.pure_code import cannot_interfere
 from rlhf.infra.sandbox import Sandbox, SandboxJob, SandboxLimits, SandboxResult
 
 needs_filter = pytest.mark.skipif(sys.platform != "linux", reason="the system-call filter is a Linux one")
@@ -127,7 +127,7 @@ def test_memory_is_bounded(sandbox: Sandbox, code: str) -> None:
         "os.mkdir('/tmp/x')",
         "os.listdir('/')",
         "__import__('_socket').socket()",
-        "__import__('_posixsubprocess')",
+        "__import__('subprocess').run(['true'])",
         "__import__('ctypes').CDLL(None)",
         "__import__('_thread').start_new_thread(print, ())",
     ],
@@ -310,10 +310,13 @@ def test_too_much_code_is_refused() -> None:
         "def f(xs): return [i + 1 for i in xs if i % 2 == 0]",
         "def f(x, y):\n    return max(x, y) if x else -y",
         "f = lambda x: abs(x - 3)",
+        "def f(x): return",
+        "def f(x",
+        "(" * 900,
     ],
 )
-def test_plain_expressions_are_pure(code: str) -> None:
-    assert is_pure_function(code)
+def test_plain_expressions_cannot_interfere(code: str) -> None:
+    assert cannot_interfere(code)
 
 
 @pytest.mark.parametrize(
@@ -337,11 +340,9 @@ def test_plain_expressions_are_pure(code: str) -> None:
         "def f(x): return [i async for i in x]",
         "def f(x):\n  y = 1\n  return y",
         "def f(x): return 1\nprint(2)",
-        "def f(x",
         "x = 1",
-        "(" * 900,
         "def f(x): return " + "x + " * 400 + "x",
     ],
 )
-def test_anything_else_is_not(code: str) -> None:
-    assert not is_pure_function(code)
+def test_anything_else_might(code: str) -> None:
+    assert not cannot_interfere(code)

@@ -33,7 +33,7 @@ _REFUSALS = re.compile(
     # "I am not a doctor but I can help" is none: the negation must reach the help.
     rf"\b(?:i|we)\b[^.!?\n]{{0,24}}?{_NOT}\b(?:(?!\bbut\b|\bcan\b)[^.!?\n]){{0,30}}?\b{_HELP}\b"
     r"|\b(?:i|we)\b[^.!?\n]{0,16}?\b(?:refuse|decline|must say no|have to say no|say no|must pass|object)\b"
-    rf"|\b(?:not|n't) (?:something|a thing|anything)\b[^.!?\n]{{0,20}}\b{_HELP}\b"
+    r"|\b(?:not|n't) (?:something|a thing|anything) (?:that )?(?:i|we)(?:'ll| can| will| would| could| am| are)\b"
     r"|\b(?:sorry|apologi[sz]e|afraid|regret)\b[^.!?\n]{0,24}?\b(?:no|not|can't|cannot|won't|unable)\b"
     r"|^(?:no|nope|never)\b(?! problem| worries| doubt)"
     r"|\bagainst my (?:rules|values|guidelines|principles)\b|\bcount me out\b"

@@ -1,0 +1,151 @@
+"""The algorithms against numbers that other packages computed (see tests/golden/README.md), in float64 to 1e-6."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.algo.advantages import gae
+from rlhf.algo.kl import KL_ESTIMATORS, KLConfig, KLController
+from rlhf.algo.masked import masked_whiten
+from rlhf.algo.ppo_loss import policy_loss, value_loss
+from rlhf.algo.preference_loss import PREFERENCE_LOSSES, PairLogRatios, dpo_loss
+from rlhf.rewards.shaping import token_rewards
+from rlhf.rollout.trajectory import Trajectory
+
+GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text(encoding="utf-8"))
+EXPECTED = GOLDEN["expected"]
+MASK = torch.tensor(GOLDEN["inputs"]["mask"], dtype=torch.bool)
+NUM_TOKENS = 8
+
+
+def given(name: str) -> Tensor:
+    return torch.tensor(GOLDEN["inputs"][name], dtype=torch.float64)
+
+
+def assert_golden(actual: Tensor | float, expected: Any, mask: Tensor | None = None) -> None:
+    """Equal to 1e-6 where the mask is True; the published digits are never fewer than six."""
+    wanted = torch.tensor(
+        [[0.0 if value is None else value for value in row] for row in expected] if mask is not None else expected,
+        dtype=torch.float64,
+    )
+    found = torch.as_tensor(actual, dtype=torch.float64)
+    if mask is not None:
+        found, wanted = found[mask], wanted[mask]
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+
+
+def gae_of(gamma: float, lam: float, mask: Tensor) -> Any:
+    return gae(given("rewards"), given("values"), mask, gamma=gamma, lam=lam)
+
+
+def test_gae_over_right_padded_responses() -> None:
+    result, expected = gae_of(1.0, 0.95, MASK), EXPECTED["gae_gamma1_lam0.95"]
+    assert_golden(result.advantages_BR, expected["advantages"], MASK)
+    assert_golden(result.returns_BR, expected["returns"], MASK)
+    assert result.advantages_BR.dtype == torch.float64
+    assert result.advantages_BR[1, 3:].tolist() == [0.0, 0.0]
+
+
+def test_gae_with_discount_and_without_padding() -> None:
+    everything = torch.ones_like(MASK)
+    expected = EXPECTED["gae_gamma0.99_lam0.9_no_mask"]["advantages"]
+    assert_golden(gae_of(0.99, 0.9, everything).advantages_BR, expected, everything)
+
+
+def test_whitened_advantages() -> None:
+    advantages = gae_of(1.0, 0.95, MASK).advantages_BR
+    assert_golden(masked_whiten(advantages, MASK), EXPECTED["whitened_advantages_bessel"], MASK)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("masked_whiten_bessel", {}),
+        ("masked_whiten_bessel_keep_mean", {"subtract_mean": False}),
+        ("masked_whiten_biased_variance", {"unbiased": False}),
+    ],
+)
+def test_whitening_variants(name: str, settings: dict[str, bool]) -> None:
+    whitened = masked_whiten(given("rewards"), MASK, **settings)
+    assert_golden(whitened, EXPECTED[name], MASK)
+    assert whitened[~MASK].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+def test_kl_estimators(name: str) -> None:
+    log_ratio = given("logprobs") - given("reference_logprobs")
+    everything = torch.ones_like(MASK)
+    assert_golden(KL_ESTIMATORS[name](log_ratio), EXPECTED["kl"][name], everything)
+
+
+def test_adaptive_kl_controller_over_six_batches() -> None:
+    golden = EXPECTED["adaptive_kl"]
+    controller = KLController.from_config(
+        KLConfig(
+            coefficient=golden["start"], controller="adaptive", target=golden["target"], horizon=golden["horizon"]
+        )
+    )
+    coefficients = []
+    for observed in golden["observed"]:
+        controller = controller.updated(observed, golden["batch"])
+        coefficients.append(controller.coefficient)
+    assert coefficients == pytest.approx(golden["coefficients"], abs=1e-9)
+
+
+def test_ppo_policy_loss() -> None:
+    log_ratio, golden = given("logprobs") - given("old_logprobs"), EXPECTED["ppo_policy_loss_clip0.2"]
+    result = policy_loss(log_ratio, given("advantages"), MASK, NUM_TOKENS)
+    assert_golden(result.loss, golden["loss"])
+    assert_golden(-log_ratio[MASK].mean(), golden["mean_old_minus_new"])
+    # Ratios outside 0.8 ... 1.2 are e^0.5 in either row. verl counts only the first, where the advantage is positive.
+    assert float(result.clip_fraction) == 2 / 8
+    assert golden["clip_fraction"] == 1 / 8
+    binding = (log_ratio.exp() > 1.2) & (given("advantages") > 0) & MASK
+    assert int(binding.sum()) / NUM_TOKENS == golden["clip_fraction"]
+
+
+def test_ppo_policy_loss_with_a_higher_upper_bound() -> None:
+    log_ratio = given("logprobs") - given("old_logprobs")
+    result = policy_loss(log_ratio, given("advantages"), MASK, NUM_TOKENS, clip_low=0.2, clip_high=0.28)
+    assert_golden(result.loss, EXPECTED["ppo_policy_loss_clip0.2_0.28"]["loss"])
+
+
+def test_value_loss() -> None:
+    golden = EXPECTED["value_loss_clip0.2"]
+    result = value_loss(given("value_predictions"), given("values"), given("returns"), MASK, NUM_TOKENS, 0.2)
+    assert_golden(result.loss, golden["loss"])
+    assert_golden(result.clip_fraction, golden["clip_fraction"])
+
+
+def test_dpo_loss_and_implicit_rewards() -> None:
+    ratios = PairLogRatios(
+        given("policy_chosen") - given("reference_chosen"), given("policy_rejected") - given("reference_rejected")
+    )
+    assert_golden(dpo_loss(ratios, 0.1), EXPECTED["preference_beta0.1"]["dpo"])
+    assert_golden(PREFERENCE_LOSSES["sigmoid"](ratios, 0.1), EXPECTED["preference_beta0.1"]["dpo"])
+    assert_golden(0.1 * ratios.chosen_B, EXPECTED["dpo_implicit_rewards_beta0.1"]["chosen"])
+    assert_golden(0.1 * ratios.rejected_B, EXPECTED["dpo_implicit_rewards_beta0.1"]["rejected"])
+
+
+def test_token_rewards_with_kl_and_score_on_the_last_token() -> None:
+    prompts = torch.zeros(2, 1, dtype=torch.long)
+    trajectory = Trajectory(
+        prompt_ids_BP=prompts,
+        prompt_mask_BP=prompts == 0,
+        response_ids_BR=torch.zeros(2, 5, dtype=torch.long),
+        response_mask_BR=MASK,
+        logprobs_BR=given("logprobs"),
+        entropy_BR=torch.zeros(2, 5),
+        values_BR=None,
+        finished_B=torch.tensor([True, True]),
+        temperature=1.0,
+    )
+    rewards = token_rewards(trajectory, given("scores"), given("reference_logprobs"), 0.05, "k1")
+    assert_golden(rewards, EXPECTED["rewards_with_kl_beta0.05_score_on_last_response_token"], MASK)
+    assert rewards[~MASK].tolist() == [0.0, 0.0]

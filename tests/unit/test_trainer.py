@@ -1,0 +1,164 @@
+"""One optimizer step: what it does to weights, rate and counters, and that it can be taken up again."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlhf.algo.trainer import LossOutput, NonFiniteError, OptimizerConfig, StepReport, Trainer, mean_reports
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+
+def trainer_of(model: nn.Module, num_steps: int = 10, **settings: float | str) -> Trainer:
+    return Trainer(dict(model.named_parameters()), OptimizerConfig(**settings), num_steps)
+
+
+def rows(seed: int = 0) -> Tensor:
+    return torch.randn(12, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def squared(model: nn.Module, count: int = 12) -> Callable[[Tensor], LossOutput]:
+    def loss(part: Tensor) -> LossOutput:
+        error = (model(part) - 1).square().sum() / count
+        return LossOutput(error, {"rows": torch.tensor(len(part) / count)})
+
+    return loss
+
+
+@pytest.mark.parametrize("cut", [[3, 3, 3, 3], [1, 11], [5, 4, 3]])
+def test_gradients_do_not_depend_on_the_micro_batches(cut: list[int]) -> None:
+    whole, parts = small_model(), small_model()
+    one = trainer_of(whole, max_grad_norm=1e9).step([rows()], squared(whole))
+    four = trainer_of(parts, max_grad_norm=1e9).step(rows().split(cut), squared(parts))
+    for first, second in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert first.grad is not None and second.grad is not None
+        torch.testing.assert_close(first.grad, second.grad, atol=1e-14, rtol=1e-12)
+        torch.testing.assert_close(first, second, atol=1e-10, rtol=0)
+    assert four.loss == pytest.approx(one.loss)
+    assert four.grad_norm == pytest.approx(one.grad_norm)
+    assert four.metrics == pytest.approx({"rows": 1.0})
+
+
+def test_a_step_is_adamw_with_decay_on_matrices_only() -> None:
+    model, twin = small_model(), small_model()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [twin[0].weight, twin[2].weight], "weight_decay": 0.1},
+            {"params": [twin[0].bias, twin[2].bias], "weight_decay": 0.0},
+        ],
+        lr=0.01,
+        betas=(0.8, 0.9),
+        eps=1e-6,
+    )
+    settings = {"learning_rate": 0.01, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "weight_decay": 0.1}
+    trainer = trainer_of(model, lr_scheduler_type="constant", max_grad_norm=0.5, **settings)
+    for seed in range(3):
+        report = trainer.step([rows(seed)], squared(model))
+        optimizer.zero_grad()
+        squared(twin)(rows(seed)).loss.backward()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in twin.parameters() if p.grad is not None))
+        assert report.grad_norm == pytest.approx(norm)
+        for parameter in twin.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= min(1.0, 0.5 / (norm + 1e-6))
+        optimizer.step()
+    for first, second in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(first, second, atol=1e-12, rtol=0)
+
+
+def rates(num_steps: int, **settings: float | str) -> list[float]:
+    model = small_model()
+    trainer = trainer_of(model, num_steps, learning_rate=1.0, **settings)
+    return [trainer.step([rows()], squared(model)).learning_rate for _ in range(num_steps)]
+
+
+def test_learning_rate_schedules_follow_their_formula() -> None:
+    assert rates(5) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert rates(8, warmup_ratio=0.25) == pytest.approx([0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert rates(4, lr_scheduler_type="constant") == [1.0] * 4
+    assert rates(4, lr_scheduler_type="constant_with_warmup", warmup_ratio=0.5) == [0.0, 0.5, 1.0, 1.0]
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert rates(6, lr_scheduler_type="cosine") == pytest.approx(cosine)
+
+
+def test_a_tiny_gradient_norm_keeps_the_change_tiny() -> None:
+    # Adam's step does not shrink with its gradient; it does once that is far below epsilon.
+    model = small_model()
+    before = copy.deepcopy(list(model.parameters()))
+    report = trainer_of(model, learning_rate=0.1, max_grad_norm=1e-12).step([rows()], squared(model))
+    assert report.grad_norm > 0.1
+    total = sum(float((after - start).square().sum()) for after, start in zip(model.parameters(), before, strict=True))
+    assert 0 < math.sqrt(total) < 0.1 * 1e-12 / 1e-8
+    norm = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
+    assert math.sqrt(norm) == pytest.approx(1e-12, rel=1e-3)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_non_finite_step_is_skipped_and_counted(poison: float) -> None:
+    model = small_model()
+    trainer = trainer_of(model, num_steps=10, learning_rate=0.1, max_nonfinite_steps=3)
+    before = copy.deepcopy(model.state_dict())
+    bad = rows()
+    bad[0, 0] = poison
+    first = trainer.step([rows(), bad], squared(model))
+    assert first.skipped and not math.isfinite(first.loss)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not trainer.optimizer.state  # no moment has seen the gradient either
+    good = trainer.step([rows()], squared(model))
+    assert not good.skipped and good.learning_rate == pytest.approx(0.09)  # the schedule went on
+    assert (trainer.step_count, trainer.skipped_count, trainer.skipped_in_a_row) == (2, 1, 0)
+    trainer.step([bad], squared(model))
+    trainer.step([bad], squared(model))
+    with pytest.raises(NonFiniteError, match=r"3 optimizer steps in a row were not finite, first in the gradient of 0\."):
+        trainer.step([bad], squared(model))
+    assert trainer.skipped_count == 4
+
+
+def test_a_non_finite_gradient_under_a_finite_loss_is_skipped_too() -> None:
+    model = small_model()
+    trainer = trainer_of(model)
+    before = copy.deepcopy(model.state_dict())
+
+    def loss(part: Tensor) -> LossOutput:
+        # The root of zero is 0, its slope is infinite.
+        return LossOutput((model(part).sum() * 0).clamp(min=0).sqrt())
+
+    report = trainer.step([rows()], loss)
+    assert report.skipped and report.loss == 0.0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_state_and_restore_go_on_bit_for_bit() -> None:
+    through, stopped = small_model(), small_model()
+    settings = {"learning_rate": 0.05, "lr_scheduler_type": "cosine", "warmup_ratio": 0.3}
+    straight, first = trainer_of(through, 6, **settings), trainer_of(stopped, 6, **settings)
+    wanted = [straight.step([rows(seed)], squared(through)) for seed in range(6)]
+    found = [first.step([rows(seed)], squared(stopped)) for seed in range(3)]
+    tensors, plain = first.state()
+    saved = {name: tensor.clone() for name, tensor in tensors.items()}
+    resumed_model = small_model()
+    resumed_model.load_state_dict(stopped.state_dict())
+    resumed = trainer_of(resumed_model, 6, **settings)
+    resumed.restore(saved, plain)
+    found += [resumed.step([rows(seed)], squared(resumed_model)) for seed in range(3, 6)]
+    assert found == wanted
+    assert all(torch.equal(a, b) for a, b in zip(through.parameters(), resumed_model.parameters(), strict=True))
+
+
+def test_nothing_to_train_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to train"):
+        Trainer({}, OptimizerConfig(), 10)
+
+
+def test_metrics_of_steps_are_averaged_where_they_exist() -> None:
+    reports = [StepReport(1, 0.0, 0.0, 0.0, False, {"a": 1.0}), StepReport(2, 0.0, 0.0, 0.0, False, {"a": 3.0, "b": 5.0})]
+    assert mean_reports(reports) == {"a": 2.0, "b": 5.0}
