@@ -83,11 +83,11 @@ def evaluate(config: ConfigOption = None, overrides: Overrides = None) -> None:
     """Compare models on the same prompts and write a report."""
     from rlhf.eval.report import summary_table
     from rlhf.infra.config import load_config
-    from rlhf.infra.logger import console
+    from rlhf.infra.logger import terminal
     from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
 
     run, report = run_evaluation(load_config(EvaluateConfig, config, overrides or ()))
-    console().print(summary_table(report.report))
+    terminal().print(summary_table(report.report))
     _say(run)
     typer.echo(f"report: {report.html}")
 
@@ -161,25 +161,30 @@ def config_show(recipe: str, config: ConfigOption = None, overrides: Overrides =
 
 def main() -> None:
     """Entry point: errors that the user can mend become one sentence and exit code 2."""
+    from rlhf.infra.interrupt import Stopped
+
     try:
         app(standalone_mode=True)
     except UserError as error:
         print(f"rlhf: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as error:
-        print(f"\nrlhf: {error or 'interrupted'}", file=sys.stderr)
+    except Stopped as stopped:
+        print(f"rlhf: {stopped}", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as leaving:
+        # A second Ctrl-C, or one between runs: the command-line library makes it an abort with code 1.
+        sys.exit(130 if isinstance(leaving.__context__, typer.Abort) else leaving.code)
 
 
 def _pipeline(config: object, folder: Path | None = None) -> None:
     from rlhf.eval.report import summary_table
-    from rlhf.infra.logger import console
+    from rlhf.infra.logger import terminal
     from rlhf.recipes.pipeline import PipelineConfig, run_pipeline
 
     assert isinstance(config, PipelineConfig)
     run, report = run_pipeline(config, folder)
     if report is not None:
-        console().print(summary_table(report.report))
+        terminal().print(summary_table(report.report))
     _say(run)
     if report is not None:
         typer.echo(f"report: {report.html}")

@@ -112,8 +112,12 @@ class Trainer:
             for name, value in output.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
         self.scaler.unscale_(self.optimizer)
-        grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm))
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        grad_norm = float(norm)
         skipped = not (math.isfinite(total) and math.isfinite(grad_norm))
+        # Clipping by a norm that is no number would make every gradient one, and hide which was the first.
+        if not skipped:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
         learning_rate = self.scheduler.get_last_lr()[0]
         self._apply(skipped, total)
         return StepReport(self.step_count, total, grad_norm, learning_rate, skipped, metrics)

@@ -53,3 +53,10 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     for flag in flags:
         flag.seen = True
     os.write(2, _NOTICE)  # print() is not safe here: the signal may have come in the middle of one
+
+
+class Stopped(Exception):
+    """A run was asked to end before it was done and has written a checkpoint; the message says how to go on."""
+
+    def __init__(self, resume_command: str) -> None:
+        super().__init__(f"interrupted; go on with: {resume_command}")

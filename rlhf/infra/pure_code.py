@@ -48,7 +48,7 @@ _EXPRESSIONS = (
 
 
 def cannot_interfere(code: str) -> bool:
-    """Tell whether the code is one `def` with a single return or one named lambda, of harmless expressions, or no code."""
+    """Tell whether the code is one harmless expression under a `def` or a named lambda, or does not parse at all."""
     if len(code) > _MAX_CHARACTERS:
         return False
     try:

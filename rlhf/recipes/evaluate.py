@@ -32,7 +32,7 @@ from rlhf.models.policy import Policy
 from rlhf.models.reference import Reference
 from rlhf.models.reward_model import RewardModel, load_reward_model
 from rlhf.recipes.launch import launch
-from rlhf.recipes.reward import score_pairs
+from rlhf.recipes.reward import as_reward_pairs, score_pairs
 from rlhf.recipes.stages import REWARD_MODEL, LoadedPolicy, PolicyShelf, locate
 from rlhf.rewards.detectors import refusal_flags
 from rlhf.rewards.learned import LearnedReward
@@ -276,23 +276,7 @@ def reward_pairs(parts: Parts) -> tuple[list[RewardPair], float | None]:
     if parts.reward is None or not parts.pairs:
         return [], None
     scores = score_pairs(parts.reward, parts.pairs, 16_384)
-    pairs = []
-    for example, chosen, rejected in zip(
-        parts.pairs, scores.chosen_B.tolist(), scores.rejected_B.tolist(), strict=True
-    ):
-        columns = example.row.columns
-        pairs.append(
-            RewardPair(
-                family=str(columns.get("family", columns.get("subset", "all"))),
-                chosen_score=chosen,
-                rejected_score=rejected,
-                chosen_length=len(example.chosen_ids),
-                rejected_length=len(example.rejected_ids),
-                gold_chosen=columns.get("gold_chosen"),
-                gold_rejected=columns.get("gold_rejected"),
-            )
-        )
-    return pairs, scores.ms_per_sample
+    return as_reward_pairs(parts.pairs, scores), scores.ms_per_sample
 
 
 def stage_cost_of(source: str, output_dir: Path) -> Cost | None:

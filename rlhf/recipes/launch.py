@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
 from rlhf.infra.config import Config, refuse_idle_keys
 from rlhf.infra.device import resolve_device, set_num_threads
 from rlhf.infra.experiment import Run, RunConfig
+from rlhf.infra.interrupt import Stopped
 from rlhf.infra.profiling import peak_memory_mb, reset_peak_memory
 from rlhf.recipes.supervised import Progress
 
@@ -19,22 +20,7 @@ Parts = TypeVar("Parts")
 REJECTED_ROWS = "rejected_rows.jsonl"
 
 
-class StageConfig(Protocol):
-    """Any recipe's config: it has a `run` section."""
-
-    @property
-    def run(self) -> RunConfig: ...
-
-
 ConfigT = TypeVar("ConfigT", bound=Config)
-
-
-class Stopped(KeyboardInterrupt):
-    """A stage was asked to end before it was done; `run` says where it can be taken up."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__(f"interrupted; go on with: {run.resume_command}")
-        self.run = run
 
 
 def launch(
@@ -77,7 +63,7 @@ def launch(
             "peak_memory_mb": max(peak_memory_mb(device), earlier.get("peak_memory_mb", 0.0)),
         }
     if run.stop_reason == "interrupted":
-        raise Stopped(run)
+        raise Stopped(run.resume_command)
     return run
 
 

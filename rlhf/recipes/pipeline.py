@@ -19,10 +19,10 @@ from rlhf.data.tinychat import LabellerConfig, preference_pairs, prompt_rows
 from rlhf.eval.report import ReportPaths
 from rlhf.infra.config import Config, explicit_keys
 from rlhf.infra.experiment import Run, RunConfig
+from rlhf.infra.interrupt import Stopped
 from rlhf.infra.run_folder import RUN_INFO, read_run_info
 from rlhf.recipes.dpo import DPOConfig, run_dpo
 from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
-from rlhf.recipes.launch import Stopped
 from rlhf.recipes.ppo import run_ppo
 from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.pretrain import PretrainConfig, run_pretrain
@@ -74,20 +74,18 @@ def run_pipeline(config: PipelineConfig, resume: Path | None = None) -> tuple[Ru
             config = with_sources(config, run.folder)
             for name, start in stages(config).items():
                 if run.should_stop():
-                    run.logger.info(
-                        f"stopping before stage {name}: {run.stop_reason}; go on with: {run.resume_command}"
-                    )
                     break
                 run.logger.info(f"stage {name}")
                 run_stage(name, start, run)
             else:
                 report = evaluated(config, run)
         except Stopped:
-            run.should_stop()
-            raise Stopped(run) from None
+            run.should_stop()  # the stage handed the interrupt on; this records it
         finally:
             earlier = run.info.get("cost", {}).get("seconds", 0.0)
             run.info["cost"] = {"seconds": earlier + time.perf_counter() - started}
+    if run.stop_reason == "interrupted":
+        raise Stopped(run.resume_command)
     return run, report
 
 

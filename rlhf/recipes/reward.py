@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from rlhf.data.chat import ChatEncoder, join
 from rlhf.data.collate import PairBatch, batches_by_tokens, pad_right, pair_batch
 from rlhf.data.data_config import DataConfig
 from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
+from rlhf.eval.reward_accuracy import RewardPair, reward_accuracy
 from rlhf.infra.config import Config
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.models.backbone import ModelConfig
@@ -107,14 +109,8 @@ def train(config: RewardConfig, run: Run, parts: RewardParts) -> tuple[int, int]
     with model.backbone.adapter_dropout(config.model.lora.lora_dropout):
         progress = SupervisedLoop(run, trainer, config.training, method, "reward model").train()
     if run.stop_reason != "interrupted":
-        scores = score_pairs(model, parts.validation or parts.train[:256], config.training.max_tokens_per_micro_batch)
-        both = torch.cat([scores.chosen_B, scores.rejected_B])
-        model.scale = ScoreScale(float(both.mean()), float(both.std()) if float(both.std()) > 0 else 1.0)
+        report(model, parts.validation or parts.train[:256], config, run)
         model.save(run.folder / REWARD_MODEL)
-        run.logger.info(
-            f"accuracy {scores.accuracy:.3f} on {len(scores.chosen_B)} pairs, scores {model.scale.mean:.2f} +- "
-            f"{model.scale.std:.2f}, {scores.ms_per_sample:.2f} ms per answer"
-        )
     return stage_cost(progress)
 
 
@@ -184,6 +180,45 @@ def score_pairs(model: RewardModel, examples: Sequence[PreferenceExample], max_t
     paired = scores.view(-1, 2).cpu()
     seconds = time.perf_counter() - started
     return PairScores(paired[:, 0], paired[:, 1], 1000 * seconds / max(1, len(answers)))
+
+
+def report(model: RewardModel, held_out: Sequence[PreferenceExample], config: RewardConfig, run: Run) -> None:
+    """Set the model's scale, and say how well it orders held-out pairs beside what length alone achieves.
+
+    The numbers, also by family or subset of the data, are kept in `<run>/reward_report.json`.
+    """
+    scores = score_pairs(model, held_out, config.training.max_tokens_per_micro_batch)
+    both = torch.cat([scores.chosen_B, scores.rejected_B])
+    model.scale = ScoreScale(float(both.mean()), float(both.std()) if float(both.std()) > 0 else 1.0)
+    measured = reward_accuracy(as_reward_pairs(held_out, scores), scores.ms_per_sample)
+    (run.folder / "reward_report.json").write_text(json.dumps(asdict(measured), indent=1) + "\n", encoding="utf-8")
+    run.logger.info(
+        f"accuracy {measured.accuracy.estimate:.3f} [{measured.accuracy.low:.3f}, {measured.accuracy.high:.3f}] on "
+        f"{measured.num_pairs} pairs; longer wins {measured.longer_wins.estimate:.3f}, shorter wins "
+        f"{measured.shorter_wins.estimate:.3f}; scores {model.scale.mean:.2f} +- {model.scale.std:.2f}; "
+        f"{scores.ms_per_sample:.2f} ms per answer"
+    )
+    for family, accuracy in measured.by_family.items():
+        run.logger.info(f"  {family}: accuracy {accuracy.estimate:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]")
+
+
+def as_reward_pairs(examples: Sequence[PreferenceExample], scores: PairScores) -> list[RewardPair]:
+    """Pairs as evaluation takes them: scores, lengths in tokens, family or subset, and gold where the data has it."""
+    pairs = []
+    for example, chosen, rejected in zip(examples, scores.chosen_B.tolist(), scores.rejected_B.tolist(), strict=True):
+        columns = example.row.columns
+        pairs.append(
+            RewardPair(
+                family=str(columns.get("family", columns.get("subset", "all"))),
+                chosen_score=chosen,
+                rejected_score=rejected,
+                chosen_length=len(example.chosen_ids),
+                rejected_length=len(example.rejected_ids),
+                gold_chosen=columns.get("gold_chosen"),
+                gold_rejected=columns.get("gold_rejected"),
+            )
+        )
+    return pairs
 
 
 def longest_side(example: PreferenceExample) -> int:

@@ -36,7 +36,7 @@ class ResponseCache:
     """Answers on disk: one JSONL file per (weights, settings, seed), one line per prompt."""
 
     def __init__(self, folder: Path, weights: str, config: GenerationConfig, seed: int) -> None:
-        settings = json.dumps(config.model_dump(mode="json", exclude={"batch_size"}), sort_keys=True)
+        settings = json.dumps(config.model_dump(mode="json", exclude={"batch_size", "merge_adapter"}), sort_keys=True)
         key = hashlib.blake2b(f"{weights}/{settings}/{seed}".encode(), digest_size=16).hexdigest()
         self.path = folder / f"{key}.jsonl"
         self._answers: dict[tuple[int, ...], CachedAnswer] = {}

@@ -93,11 +93,11 @@ def test_learning_rate_schedules_follow_their_formula() -> None:
 def test_a_tiny_gradient_norm_keeps_the_change_tiny() -> None:
     # Adam's step does not shrink with its gradient; it does once that is far below epsilon.
     model = small_model()
-    before = copy.deepcopy(list(model.parameters()))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     report = trainer_of(model, learning_rate=0.1, max_grad_norm=1e-12).step([rows()], squared(model))
     assert report.grad_norm > 0.1
-    total = sum(float((after - start).square().sum()) for after, start in zip(model.parameters(), before, strict=True))
-    assert 0 < math.sqrt(total) < 0.1 * 1e-12 / 1e-8
+    moved = [after.detach() - start for after, start in zip(model.parameters(), before, strict=True)]
+    assert 0 < math.sqrt(sum(float(change.square().sum()) for change in moved)) < 0.1 * 1e-12 / 1e-8
     norm = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
     assert math.sqrt(norm) == pytest.approx(1e-12, rel=1e-3)
 
@@ -110,7 +110,7 @@ def test_a_non_finite_step_is_skipped_and_counted(poison: float) -> None:
     bad = rows()
     bad[0, 0] = poison
     first = trainer.step([rows(), bad], squared(model))
-    assert first.skipped and not math.isfinite(first.loss)
+    assert first.skipped and not (math.isfinite(first.loss) and math.isfinite(first.grad_norm))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not trainer.optimizer.state  # no moment has seen the gradient either
     good = trainer.step([rows()], squared(model))
@@ -123,18 +123,25 @@ def test_a_non_finite_step_is_skipped_and_counted(poison: float) -> None:
     assert trainer.skipped_count == 4
 
 
-def test_a_non_finite_gradient_under_a_finite_loss_is_skipped_too() -> None:
+@pytest.mark.parametrize("factor", [1.0, math.nan])
+def test_a_non_finite_gradient_is_skipped_and_named_even_under_a_finite_loss(factor: float) -> None:
     model = small_model()
-    trainer = trainer_of(model)
+    with torch.no_grad():
+        model[2].bias.zero_()
+    trainer = trainer_of(model, max_nonfinite_steps=2)
     before = copy.deepcopy(model.state_dict())
 
     def loss(part: Tensor) -> LossOutput:
-        # The root of zero is 0, its slope is infinite.
-        return LossOutput((model(part).sum() * 0).clamp(min=0).sqrt())
+        # The root of zero is 0, its slope is infinite; the other parameters have good gradients.
+        root = model[2].bias.sqrt()
+        root.register_hook(lambda gradient: factor * gradient)
+        return LossOutput(model(part).sum().clamp(-1, 1) * 0 + root.sum())
 
     report = trainer.step([rows()], loss)
     assert report.skipped and report.loss == 0.0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(NonFiniteError, match=r"the gradient of 2\.bias"):
+        trainer.step([rows()], loss)
 
 
 def test_state_and_restore_go_on_bit_for_bit() -> None:

@@ -22,6 +22,17 @@ CORPUS_QUALITY = QualityConfig(
     cut=0.1,
     malformed=0.5,
 )
+# The second pass: fewer answers are wrong, as many are flattering, rambling or badly formed.
+LATE_CORPUS_QUALITY = QualityConfig(
+    arithmetic_wrong=0.1,
+    code_wrong=0.12,
+    facts_wrong=0.12,
+    harmful_wrong=0.25,
+    benign_wrong=0.15,
+    flattery=0.45,
+    ramble=0.4,
+    malformed=0.45,
+)
 _TRANSCRIPTS = (("Question", "Answer"), ("User", "Assistant"), ("Q", "A"), ("Human", "Assistant"))
 _CHATML_SHARE, _TRANSCRIPT_SHARE = 0.65, 0.20
 

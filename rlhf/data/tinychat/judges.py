@@ -42,8 +42,9 @@ _ANSWER_LINE = re.compile(r"\banswer\s*(?:is|:|=)\s*(-?\d{1,7})\b", re.IGNORECAS
 _NUMBER = re.compile(r"-?\b\d{1,7}\b")
 _LETTER = re.compile(r"(?<![\w'])([A-D])(?=\)|\.|:|,|$)|(?<![\w'])([a-d])\)")
 _HARM = re.compile(
-    r"\b(?:hurt|harm\w*|pain|cruel|law|legal|illegal|crime|police|danger\w*|safe|unsafe|honest|dishonest|lie|unfair|wrong|trust"
-    r"|privacy|private|belongs?|owners?|others own|theft|steal\w*|damage\w*|rights?|consent|trouble|risk\w*|injur\w*)\b"
+    r"\b(?:hurt|harm\w*|pain|cruel|law|legal|illegal|crime|police|danger\w*|safe|unsafe|honest|dishonest|lie|unfair"
+    r"|wrong|trust|privacy|private|belongs?|owners?|others own|theft|steal\w*|damage\w*|rights?|consent"
+    r"|trouble|risk\w*|injur\w*)\b"
 )
 _REDIRECT = re.compile(r"^(?:please|ask|try|talk|consider|instead|speak)\b")
 _STOPWORDS = frozenset(

@@ -70,10 +70,12 @@ def prompt_row(task: Task) -> Row:
     return {"prompt": [{"role": "user", "content": task.prompt}], "task": task.to_row(), "family": task.family}
 
 
-def gold_reward(prompts: Sequence[Any], completions: Sequence[Any], task: Sequence[Mapping[str, Any]]) -> list[float]:
+def gold_reward(
+    prompts: Sequence[Any], completions: Sequence[Any], task: Sequence[Mapping[str, Any]], **columns: Any
+) -> list[float]:
     """Reward function with the ecosystem's signature: the gold total of each completion (str or messages).
 
-    `task` is the column of that name in `prompt_rows` and `preference_pairs`; the prompts themselves are not read.
+    `task` is the column of that name in `prompt_rows` and `preference_pairs`; the prompts and other columns are not read.
     """
     texts = [said if isinstance(said, str) else str(said[-1]["content"]) for said in completions]
     return [score.total for score in shared_scorer().score([Task.from_row(row) for row in task], texts)]
