@@ -30,9 +30,9 @@ def gae(
 ) -> Advantages:
     """Generalised advantage estimation (arXiv:1506.02438 eq. 16) over right-padded responses.
 
-    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}. After a row's last counted token the value
-    is 0 (the answer is over), or `bootstrap_values_B` for rows that were cut off and are to be treated as going on.
-    lam = 1 gives return minus value, lam = 0 the TD error. No gradient flows through the result.
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}. After a row's last counted token the
+    value is 0 (the answer is over), or `bootstrap_values_B` for rows that were cut off and are to be treated as going
+    on. lam = 1 gives return minus value, lam = 0 the TD error. No gradient flows through the result.
     """
     with torch.no_grad():
         num_rows, length = rewards_BR.shape

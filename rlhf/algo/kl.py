@@ -76,7 +76,7 @@ class KLController:
         return cls(config.coefficient, config.target if adaptive else None, config.horizon)
 
     def updated(self, mean_kl: float, num_responses: int) -> KLController:
-        """beta *= 1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon, with KL in nats per response of the last batch."""
+        """beta *= 1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon, KL in nats per response of the last batch."""
         if self.target is None:
             return self
         error = min(max(mean_kl / self.target - 1.0, -0.2), 0.2)

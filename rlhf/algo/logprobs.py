@@ -70,7 +70,8 @@ def statistics_from_hidden(
         return statistics.logprobs_M, statistics.entropy_M
 
     logprobs, entropies = [], []
-    for hidden_mD, ids_m in zip(hidden_MD.split(chunk), token_ids_M.split(chunk), strict=True):
+    for start in range(0, hidden_MD.shape[0], chunk):
+        hidden_mD, ids_m = hidden_MD[start : start + chunk], token_ids_M[start : start + chunk]
         if torch.is_grad_enabled():
             logprobs_m, entropy_m = checkpoint(one_chunk, hidden_mD, ids_m, use_reentrant=False)
         else:

@@ -41,9 +41,9 @@ def masked_whiten(
 ) -> Tensor:
     """Scale the counted values to unit variance; `subtract_mean` says whether they are centred as well.
 
-    Returns values of the input's shape, 0 where the mask is False: (x - mean) / sqrt(var + epsilon), plus the mean again
-    when it is not to be subtracted (arXiv:1909.08593 whitens rewards so). OpenAI's code divides by the biased variance,
-    TRL's and verl's by the corrected one (`unbiased`, our default).
+    Returns values of the input's shape, 0 where the mask is False: (x - mean) / sqrt(var + epsilon), plus the mean
+    again when it is not to be subtracted (arXiv:1909.08593 whitens rewards so). OpenAI's code divides by the biased
+    variance, TRL's and verl's by the corrected one (`unbiased`, our default).
     """
     mean = masked_mean(values, mask)
     scaled = (values - mean) * torch.rsqrt(masked_var(values, mask, unbiased=unbiased) + epsilon)

@@ -1,4 +1,4 @@
-"""Preference losses on summed response log-probabilities. Legend: B pairs; every function returns (B,), to be minimised."""
+"""Preference losses on summed response log-probabilities. Legend: B pairs; each function returns (B,), minimised."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PairLogRatios:
 
 
 def dpo_loss(ratios: PairLogRatios, beta: float) -> Tensor:
-    """-log sigma(beta (h_chosen - h_rejected)): direct preference optimisation (arXiv:2305.18290 eq. 7). ln 2 at the start."""
+    """-log sigma(beta (h_chosen - h_rejected)): DPO (arXiv:2305.18290 eq. 7). ln 2 at the start."""
     return -logsigmoid(beta * ratios.margin_B)
 
 

@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 
 def bradley_terry_loss(chosen_B: Tensor, rejected_B: Tensor, margins_B: Tensor | None = None) -> Tensor:
-    """-log sigma(r_chosen - r_rejected - margin) per pair, (B,) (arXiv:2203.02155 eq. 1; margin: arXiv:2307.09288 eq. 2).
+    """-log sigma(r_chosen - r_rejected - margin) per pair, (B,) (arXiv:2203.02155 eq. 1, arXiv:2307.09288 eq. 2).
 
     The caller sums and divides by the pairs of the whole optimizer step.
     """

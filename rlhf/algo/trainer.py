@@ -130,8 +130,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             if self.skipped_in_a_row >= self.config.max_nonfinite_steps:
                 raise NonFiniteError(
-                    f"{self.skipped_in_a_row} optimizer steps in a row were not finite, first in {culprit}; the weights "
-                    "are those of the last good step. Lower the learning rate, or use dtype fp32"
+                    f"{self.skipped_in_a_row} optimizer steps in a row were not finite, first in {culprit}; the "
+                    "weights are those of the last good step. Lower the learning rate, or use dtype fp32"
                 )
         else:
             self.skipped_in_a_row = 0

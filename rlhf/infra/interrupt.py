@@ -55,7 +55,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     os.write(2, _NOTICE)  # print() is not safe here: the signal may have come in the middle of one
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - not an error: it was asked for
     """A run was asked to end before it was done and has written a checkpoint; the message says how to go on."""
 
     def __init__(self, resume_command: str) -> None:

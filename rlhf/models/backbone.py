@@ -1,7 +1,7 @@
 """The one language model that everything else hangs on: frozen weights held once, adapters by name.
 
-Policy, reference, value and reward are the same `Backbone` seen through different adapters, so memory is one model and a
-few small ones. Legend: B sequences, T tokens, D model width, V vocabulary.
+Policy, reference, value and reward are the same `Backbone` seen through different adapters, so memory is one model and
+a few small ones. Legend: B sequences, T tokens, D model width, V vocabulary.
 """
 
 from __future__ import annotations

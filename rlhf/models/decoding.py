@@ -1,8 +1,8 @@
 """Sampling from a backbone, token by token, with everything that reinforcement learning needs kept on the way.
 
 The same forward that draws a token gives its log-probability, the entropy it was drawn from and the value of the state,
-so that the "old" quantities of PPO cost nothing. Each row owns its random numbers, and finished rows leave the batch: what
-is sampled for a prompt depends neither on its neighbours nor on when they finish.
+so that the "old" quantities of PPO cost nothing. Each row owns its random numbers, and finished rows leave the batch:
+what is sampled for a prompt depends neither on its neighbours nor on when they finish.
 
 Legend: N rows, P prompt columns (left-padded), R response columns (right-padded), V vocabulary.
 """
@@ -35,7 +35,8 @@ class GenerationConfig(Config):
     top_k: int = Field(0, ge=0, description="keep this many likeliest tokens; 0 keeps all")
     stop: list[str] = Field(default_factory=list, description="strings at which an answer ends (they are cut away)")
     merge_adapter: bool = Field(
-        True, description="fp32 bases: fold the adapter into (a copy of) the weights while sampling; faster, equal to 1e-6"
+        True,
+        description="fp32 bases: fold the adapter into (a copy of) the weights while sampling; faster, equal to 1e-6",
     )
     batch_size: int = Field(256, ge=1, description="rows generated at once")
 
@@ -188,7 +189,9 @@ def _keep_rows(cache: Cache, keep_n: Tensor) -> None:
 class _Record:
     """The answers so far, in the order of the prompts."""
 
-    def __init__(self, num_rows: int, width: int, pad_token_id: int, device: torch.device, *, with_values: bool) -> None:
+    def __init__(
+        self, num_rows: int, width: int, pad_token_id: int, device: torch.device, *, with_values: bool
+    ) -> None:
         self.ids = torch.full((num_rows, width), pad_token_id, device=device)
         self.mask = torch.zeros(num_rows, width, dtype=torch.bool, device=device)
         self.logprobs, self.entropy = torch.zeros(2, num_rows, width, device=device)

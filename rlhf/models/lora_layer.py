@@ -96,13 +96,13 @@ class LoRALinear(nn.Module):
         object.__setattr__(self, "_active", name)
 
     @property
-    def A(self) -> nn.Parameter:  # noqa: N802 - the paper's name
+    def A(self) -> nn.Parameter:
         """Down projection (r, in) of the active adapter."""
         down: nn.Parameter = self.lora_A[self._existing(self._active)]
         return down
 
     @property
-    def B(self) -> nn.Parameter:  # noqa: N802
+    def B(self) -> nn.Parameter:
         """Up projection (out, r) of the active adapter."""
         up: nn.Parameter = self.lora_B[self._existing(self._active)]
         return up

@@ -68,7 +68,12 @@ class Policy(nn.Module):
         return ResponseStatistics(statistics.logprobs_BR, statistics.entropy_BR, values_BR)
 
     def generate(
-        self, prompt_ids_NP: Tensor, prompt_mask_NP: Tensor, uniforms_NR: Tensor, config: GenerationConfig, stop: list[int]
+        self,
+        prompt_ids_NP: Tensor,
+        prompt_mask_NP: Tensor,
+        uniforms_NR: Tensor,
+        config: GenerationConfig,
+        stop: list[int],
     ) -> Decoded:
         """Sample one response per left-padded prompt; tokens, log-probabilities, entropies and values come together."""
         # A critic with an adapter of its own would need a cache of its own: its values are computed after sampling.

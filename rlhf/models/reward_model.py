@@ -33,7 +33,9 @@ class RewardModelConfig(Config):
     """What of the reward model is trained, and what the score is read from."""
 
     pooling: Pooling = Field("last", description="hidden state of the last token, or the mean over all tokens")
-    train: Literal["lora", "full", "frozen"] = Field("lora", description="adapter and head, every weight, or the head alone")
+    train: Literal["lora", "full", "frozen"] = Field(
+        "lora", description="adapter and head, every weight, or the head alone"
+    )
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,9 @@ class ClassifierReward(nn.Module):
         except (OSError, ValueError) as error:
             raise UserError(f"{name_or_path} is no sequence classifier that transformers can load: {error}") from error
         if config.num_labels != 1:
-            raise UserError(f"{name_or_path} has {config.num_labels} labels; a reward model has exactly 1 (num_labels=1)")
+            raise UserError(
+                f"{name_or_path} has {config.num_labels} labels; a reward model has exactly 1 (num_labels=1)"
+            )
         prepare_tokenizer(self.tokenizer)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.dtype_name, self.scale = dtype_name, ScoreScale()
@@ -202,6 +206,8 @@ def same_base(one: str, other: str) -> bool:
 
 def _read_description(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder} holds no reward model: {CONFIG_FILE} is missing; give the folder of an `rlhf rm` run")
+        raise UserError(
+            f"{folder} holds no reward model: {CONFIG_FILE} is missing; give the folder of an `rlhf rm` run"
+        )
     description: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     return description

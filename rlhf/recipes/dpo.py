@@ -33,7 +33,9 @@ class DPOConfig(Config):
     """`rlhf dpo`."""
 
     run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device")
-    policy: str = Field("tinychat", description="what the policy starts from and is compared with: a run, a folder, a hub name")
+    policy: str = Field(
+        "tinychat", description="what the policy starts from and is compared with: a run, a folder, a hub name"
+    )
     model: ModelConfig = Field(default_factory=ModelConfig, description="adapters, where the policy brings none")
     data: DataConfig = Field(default_factory=DataConfig, description="preference pairs")
     loss: str = Field("sigmoid", pattern=f"^({'|'.join(PREFERENCE_LOSSES)})$", description="which preference loss")
@@ -113,9 +115,7 @@ def dpo_method(
     limit, device = config.training.max_tokens_per_micro_batch, policy.backbone.device
     loss_function = PREFERENCE_LOSSES[config.loss]
 
-    def collate(
-        part: Sequence[PreferenceExample], reference_n2: Tensor
-    ) -> list[tuple[PairBatch, Tensor]]:
+    def collate(part: Sequence[PreferenceExample], reference_n2: Tensor) -> list[tuple[PairBatch, Tensor]]:
         groups = batches_by_tokens([2 * longest_side(example) for example in part], limit)
         pad = policy.backbone.tokenizer.pad_token_id
         return [(pair_batch([part[i] for i in g], pad).to(device), reference_n2[g].to(device)) for g in groups]
@@ -177,9 +177,9 @@ def reference_pass(reference: Reference, data: PreferenceDataset | None, max_tok
 
 def summed_logprobs(backbone: Backbone, adapter: str | None, batch: Batch) -> Tensor:
     """log pi(answer | prompt) of every row (B,), in nats: the sum over the tokens under the loss mask."""
-    return masked_logprobs(
-        backbone, adapter, batch.input_ids_BT, batch.attention_mask_BT, batch.loss_mask_BT
-    ).sum(dim=1)
+    return masked_logprobs(backbone, adapter, batch.input_ids_BT, batch.attention_mask_BT, batch.loss_mask_BT).sum(
+        dim=1
+    )
 
 
 def compute_log_probs(
@@ -187,8 +187,8 @@ def compute_log_probs(
 ) -> Tensor:
     """Summed log-probabilities (B,) of the tokens after each prompt, for any causal model with `.logits`.
 
-    Right-padded rows; `prompt_lengths` (B,) counts the prompt tokens of each. This is the plain form for a model that is
-    not wrapped in a `Backbone`: it holds all logits at once.
+    Right-padded rows; `prompt_lengths` (B,) counts the prompt tokens of each. This is the plain form for a model that
+    is not wrapped in a `Backbone`: it holds all logits at once.
     """
     logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
     logprobs = logits.log_softmax(dim=-1).gather(-1, input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)

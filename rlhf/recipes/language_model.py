@@ -26,8 +26,8 @@ def language_model_method(
 ) -> Method[Batch]:
     """Negative log-likelihood of the tokens under each example's loss mask.
 
-    `packed_length` puts several examples into rows of at most that many tokens (attention stays inside an example), which
-    saves padding where rows differ much in length.
+    `packed_length` puts several examples into rows of at most that many tokens (attention stays inside an example),
+    which saves padding where rows differ much in length.
     """
 
     def batches(part: Sequence[TokenExample]) -> list[Batch]:

@@ -82,7 +82,10 @@ class PPO:
         self.reward, self.prompts, self.encoder = reward, prompts, encoder
         self.sampler = Sampler(policy, config.generation, encoder.stop_token_ids)
         self.trainer = Trainer(
-            policy.trainable_parameters(), config.optimizer, config.num_optimizer_steps, scale_loss=config.run.dtype == "fp16"
+            policy.trainable_parameters(),
+            config.optimizer,
+            config.num_optimizer_steps,
+            scale_loss=config.run.dtype == "fp16",
         )
         self.progress = Progress(0, KLController.from_config(config.kl), RunningMoments())
         self.timer = PhaseTimer(run.device)
@@ -127,7 +130,9 @@ class PPO:
         with self.timer("generate"):
             self.sampler.weights_version = self.progress.step
             prompt_ids = [example.prompt_ids for example in batch]
-            trajectory = self.sampler.sample(prompt_ids, derive_seed(self.run.config.seed, "rollout", self.progress.step))
+            trajectory = self.sampler.sample(
+                prompt_ids, derive_seed(self.run.config.seed, "rollout", self.progress.step)
+            )
             if self.config.ppo.recompute_logprobs or trajectory.values_BR is None:
                 trajectory = self.recomputed(trajectory)
         return trajectory
@@ -157,7 +162,7 @@ class PPO:
         )
 
     def estimate_advantages(self, trajectory: Trajectory, scores: Scores, shaped: ShapedScores) -> Experience:
-        """KL against the reference into the reward, generalised advantage estimation, whitening over the whole batch."""
+        """KL against the reference into the reward, then GAE, and whitening over the whole batch."""
         with self.timer("reference"):
             reference_BR = self._in_micro_batches(trajectory, self._reference_logprobs)
         with self.timer("advantage"):
@@ -192,7 +197,9 @@ class PPO:
         settings, reports = self.config.ppo, list[StepReport]()
         with self.timer("update"):
             for epoch in range(settings.num_ppo_epochs):
-                order = epoch_order(len(experience), derive_seed(self.run.config.seed, "mini", self.progress.step), epoch)
+                order = epoch_order(
+                    len(experience), derive_seed(self.run.config.seed, "mini", self.progress.step), epoch
+                )
                 for mini in torch.tensor(order, device=experience.scores_B.device).chunk(settings.num_mini_batches):
                     part = experience.select(mini)
                     reports.append(self.trainer.step(self._micro_batches(part), self._loss(part)))
@@ -338,10 +345,14 @@ def prepare(config: PPOConfig, device: torch.device, rejected_rows: Path) -> PPO
     backbone = start.policy.backbone
     encoder = ChatEncoder(backbone.tokenizer, config.data.system_prompt)
     prompts, _ = PromptDataset.load(config.data, encoder, rejected_rows)
-    reward = build_reward(config.rewards, config.reward_model, config.run.output_dir, backbone, config.data.system_prompt)
+    reward = build_reward(
+        config.rewards, config.reward_model, config.run.output_dir, backbone, config.data.system_prompt
+    )
     # Loading a reward adapter onto the shared base must not leave it trainable.
     if start.policy.adapter is not None:
-        backbone.train_only([start.policy.adapter, *([start.policy.value_adapter] if start.policy.value_adapter else [])])
+        backbone.train_only(
+            [start.policy.adapter, *([start.policy.value_adapter] if start.policy.value_adapter else [])]
+        )
     return PPOParts(start.policy, start.reference, reward, prompts, encoder)
 
 

@@ -75,7 +75,8 @@ def reward_metrics(experience: Experience, scores: Scores, shaped: ShapedScores)
         "kl/p95": float(kl_B.quantile(0.95)),
         "kl/clamped_share": float(
             clamped_share(
-                experience.trajectory.logprobs_BR - experience.reference_logprobs_BR, experience.trajectory.response_mask_BR
+                experience.trajectory.logprobs_BR - experience.reference_logprobs_BR,
+                experience.trajectory.response_mask_BR,
             )
         ),
     }

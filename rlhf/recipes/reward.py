@@ -115,7 +115,10 @@ def train(config: RewardConfig, run: Run, parts: RewardParts) -> tuple[int, int]
 
 
 def pair_method(
-    model: RewardModel, examples: Sequence[PreferenceExample], validation: Sequence[PreferenceExample], config: RewardConfig
+    model: RewardModel,
+    examples: Sequence[PreferenceExample],
+    validation: Sequence[PreferenceExample],
+    config: RewardConfig,
 ) -> Method[PairBatch]:
     """Bradley-Terry on pairs; both answers of a pair go through the model in one batch."""
     limit = config.training.max_tokens_per_micro_batch

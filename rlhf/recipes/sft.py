@@ -10,8 +10,8 @@ from pydantic import Field
 
 from rlhf.algo.trainer import OptimizerConfig, Trainer
 from rlhf.data.chat import ChatEncoder, TokenExample
-from rlhf.data.instruction_dataset import InstructionDataset
 from rlhf.data.data_config import InstructionDataConfig
+from rlhf.data.instruction_dataset import InstructionDataset
 from rlhf.infra.config import Config
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.models.backbone import Backbone, ModelConfig
@@ -28,7 +28,9 @@ class SFTConfig(Config):
 
     run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device")
     model: ModelConfig = Field(default_factory=ModelConfig, description="the base model and its adapters")
-    data: InstructionDataConfig = Field(default_factory=InstructionDataConfig, description="demonstrations; of pairs, the chosen side")
+    data: InstructionDataConfig = Field(
+        default_factory=InstructionDataConfig, description="demonstrations; of pairs, the chosen side"
+    )
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="length and batches")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
     packing: bool = Field(False, description="several examples in one row of data.max_length tokens")
@@ -61,7 +63,9 @@ def run_sft(config: SFTConfig, resume: Path | None = None) -> Run:
 
 def prepare(config: SFTConfig, device: torch.device, rejected_rows: Path) -> SFTParts:
     """Load the base, give it a fresh adapter, tokenise the data."""
-    loaded = load_policy(config.model.name_or_path, config.model, config.run.output_dir, device, config.run.dtype, ADAPTER)
+    loaded = load_policy(
+        config.model.name_or_path, config.model, config.run.output_dir, device, config.run.dtype, ADAPTER
+    )
     backbone, adapter = loaded.backbone, loaded.adapter
     encoder = ChatEncoder(backbone.tokenizer, config.data.system_prompt)
     data, validation = InstructionDataset.load(config.data, encoder, rejected_rows)

@@ -1,7 +1,7 @@
 """How one stage finds what another left: policies and reward models by run name, folder or hub name.
 
-A run that trains a policy keeps it in `<run>/policy` (adapter in PEFT's format with the tokenizer, or a whole model), one
-that trains a reward model in `<run>/reward_model`.
+A run that trains a policy keeps it in `<run>/policy` (adapter in PEFT's format with the tokenizer, or a whole model),
+one that trains a reward model in `<run>/reward_model`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def locate(source: str, output_dir: Path, kind: str) -> str:
     for place in (Path(source), output_dir / source):
         if (place / RUN_INFO).is_file():
             if not (place / kind).is_dir():
-                raise UserError(f"run '{place}' holds no {kind.replace('_', ' ')}: let it finish first, or name another run")
+                raise UserError(
+                    f"run '{place}' holds no {kind.replace('_', ' ')}: let it finish first, or name another run"
+                )
             return str(place / kind)
         if place.is_dir():
             return str(place)
@@ -103,8 +105,8 @@ def start_policy(
 ) -> StartedPolicy:
     """Policy and reference from one source, on one frozen base wherever adapters are trained.
 
-    The policy's adapter begins as a copy of the source's; a source without one is its own reference, and the policy gets
-    a fresh adapter. Under full fine-tuning the reference is a second, frozen model.
+    The policy's adapter begins as a copy of the source's; a source without one is its own reference, and the policy
+    gets a fresh adapter. Under full fine-tuning the reference is a second, frozen model.
     """
     loaded = load_policy(source, config, run.output_dir, device, run.dtype)
     backbone = loaded.backbone
@@ -151,7 +153,9 @@ def build_reward(
         elif ":" in term.name:
             function = load_function(term.name)
         else:
-            raise UserError(f"no reward '{term.name}': take `model`, module:function, or one of {', '.join(sorted(RULES))}")
+            raise UserError(
+                f"no reward '{term.name}': take `model`, module:function, or one of {', '.join(sorted(RULES))}"
+            )
         made.append(RewardTerm(term.name, function, term.weight))
     return CombinedReward(made)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rlhf.algo.trainer import LossOutput, StepReport, Trainer
 from rlhf.data.order import epoch_order
 from rlhf.infra.config import Config
-from rlhf.infra.determinism import derive_seed, rng_state, restore_rng_state, seed_everything
+from rlhf.infra.determinism import derive_seed, restore_rng_state, rng_state, seed_everything
 from rlhf.infra.experiment import Run
 from rlhf.infra.profiling import PhaseTimer, peak_memory_mb, per_second
 
@@ -32,9 +32,13 @@ class TrainingConfig(Config):
 
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps at most; null: as the epochs say")
-    per_device_train_batch_size: int = Field(16, ge=1, description="rows (pairs) of one optimizer step and accumulation step")
+    per_device_train_batch_size: int = Field(
+        16, ge=1, description="rows (pairs) of one optimizer step and accumulation step"
+    )
     gradient_accumulation_steps: int = Field(1, ge=1, description="an optimizer step has this many times as many rows")
-    max_tokens_per_micro_batch: int = Field(16_384, ge=1, description="rows are cut into passes of at most this many tokens")
+    max_tokens_per_micro_batch: int = Field(
+        16_384, ge=1, description="rows are cut into passes of at most this many tokens"
+    )
     eval_steps: int | None = Field(None, ge=1, description="optimizer steps between validations; null: once an epoch")
     early_stopping_patience: int | None = Field(
         None, ge=1, description="validations without a new best after which training ends; null: never"
@@ -69,8 +73,8 @@ class Validation:
 class Method(Generic[MicroBatch]):
     """What makes the loop SFT, reward modelling or DPO.
 
-    `micro_batches(rows)` collates the rows of one optimizer step; `loss(micro_batch, rows)` divides by the counts of the
-    whole step; `num_tokens(rows)` is what a step processes; `validate()` measures the current weights, or is None.
+    `micro_batches(rows)` collates the rows of one optimizer step; `loss(micro_batch, rows)` divides by the counts of
+    the whole step; `num_tokens(rows)` is what a step processes; `validate()` measures the current weights, or is None.
     """
 
     num_rows: int
@@ -171,7 +175,8 @@ class SupervisedLoop(Generic[MicroBatch]):
             if patience is not None and self.progress.stale_validations >= patience:
                 self.progress.done = True
                 self.run.logger.info(
-                    f"{self.name}: no better validation in {patience} tries, going back to step {self.progress.best_step}"
+                    f"{self.name}: no better validation in {patience} tries, going back to step "
+                    f"{self.progress.best_step}"
                 )
         return metrics
 

@@ -18,9 +18,9 @@ from rlhf.models.reward_model import ClassifierReward, RewardModel
 class LearnedReward:
     """Scores answers with a frozen reward model, in batches filled by tokens.
 
-    Two tokenizers count as one only when their vocabularies and templates are equal; then the sampled ids themselves are
-    scored, so an answer that was cut off is seen as cut off. Otherwise the answer's text goes through the reward model's
-    own tokenizer and template (where a cut-off answer cannot be told from a finished one).
+    Two tokenizers count as one only when their vocabularies and templates are equal; then the sampled ids themselves
+    are scored, so an answer that was cut off is seen as cut off. Otherwise the answer's text goes through the reward
+    model's own tokenizer and template (where a cut-off answer cannot be told from a finished one).
     """
 
     def __init__(

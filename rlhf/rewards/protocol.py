@@ -1,8 +1,8 @@
 """What a reward is, and how several are put together.
 
-A reward is a function `f(prompts, completions, **columns) -> list[float]`, the convention of the ecosystem: a user's own
-function, a rule, a learned model, a verifier and a judge are interchangeable. `columns` holds one list per extra column
-of the prompt set, and these, which every reward may use or ignore:
+A reward is a function `f(prompts, completions, **columns) -> list[float]`, the convention of the ecosystem: a user's
+own function, a rule, a learned model, a verifier and a judge are interchangeable. `columns` holds one list per extra
+column of the prompt set, and these, which every reward may use or ignore:
 
     prompt_ids, completion_ids   token ids as sampled (list[list[int]]), the stop token included
     finished                     whether each answer ended by itself (list[bool])
@@ -32,7 +32,9 @@ class RewardTermConfig(Config):
 
     name: str = Field(description="a rule's name, `model`, or a function as `module:function` or `file.py:function`")
     weight: float = Field(1.0, description="what its value is multiplied with before all terms are added")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="settings of a rule, such as `text` of target_string")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="settings of a rule, such as `text` of target_string"
+    )
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class CombinedReward:
         for term in self.terms:
             values = [float(value) for value in term.function(prompts, completions, **columns)]
             if len(values) != len(completions):
-                raise UserError(f"reward '{term.name}' returned {len(values)} values for {len(completions)} completions")
+                raise UserError(
+                    f"reward '{term.name}' returned {len(values)} values for {len(completions)} completions"
+                )
             by_term[term.name] = values
             total = [t + term.weight * v for t, v in zip(total, values, strict=True)]
         return Scores(total, by_term)

@@ -28,7 +28,9 @@ def target_format(pattern: str) -> RewardFunction:
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise UserError(f"target_format got the pattern {pattern!r}, which is no regular expression: {error}") from error
+        raise UserError(
+            f"target_format got the pattern {pattern!r}, which is no regular expression: {error}"
+        ) from error
     return _each(lambda answer: float(compiled.fullmatch(answer.strip()) is not None))
 
 

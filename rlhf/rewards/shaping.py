@@ -19,7 +19,9 @@ from rlhf.rollout.trajectory import Trajectory
 class ShapingConfig(Config):
     """What happens to a score before it becomes a reward, in this order."""
 
-    normalise: bool = Field(True, description="subtract the running mean of all scores so far and divide by their deviation")
+    normalise: bool = Field(
+        True, description="subtract the running mean of all scores so far and divide by their deviation"
+    )
     clip: float | None = Field(5.0, gt=0, description="clip the (normalised) score to +- this; null: no clip")
     missing_eos_penalty: float = Field(1.0, ge=0, description="subtracted where an answer was cut off")
     length_budget: int | None = Field(None, ge=1, description="tokens that are free; null: no length penalty")
@@ -36,7 +38,7 @@ class ShapingConfig(Config):
 
 @dataclass
 class RunningMoments:
-    """Mean and variance of all scores seen so far, by the parallel update of Chan et al. (1979); kept in checkpoints."""
+    """Mean and variance of all scores seen so far, by the parallel update of Chan et al. (1979); checkpointed."""
 
     count: float = 0.0
     mean: float = 0.0

@@ -94,9 +94,7 @@ class Experience:
 
     def select(self, indices: Tensor) -> Experience:
         responses = int(self.trajectory.lengths_B[indices].max())
-        narrowed = {
-            f.name: getattr(self, f.name)[indices, :responses] for f in fields(self) if f.name.endswith("_BR")
-        }
+        narrowed = {f.name: getattr(self, f.name)[indices, :responses] for f in fields(self) if f.name.endswith("_BR")}
         return replace(
             self,
             trajectory=self.trajectory.select(indices),

@@ -87,9 +87,7 @@ def test_kl_estimators(name: str) -> None:
 def test_adaptive_kl_controller_over_six_batches() -> None:
     golden = EXPECTED["adaptive_kl"]
     controller = KLController.from_config(
-        KLConfig(
-            coefficient=golden["start"], controller="adaptive", target=golden["target"], horizon=golden["horizon"]
-        )
+        KLConfig(coefficient=golden["start"], controller="adaptive", target=golden["target"], horizon=golden["horizon"])
     )
     coefficients = []
     for observed in golden["observed"]:

@@ -1,4 +1,4 @@
-"""The algorithms against independent loops, scipy, torch.distributions and finite differences, and their invariances."""
+"""The algorithms against independent loops, scipy, torch.distributions and finite differences; their invariances."""
 
 from __future__ import annotations
 

@@ -118,7 +118,9 @@ def test_a_non_finite_step_is_skipped_and_counted(poison: float) -> None:
     assert (trainer.step_count, trainer.skipped_count, trainer.skipped_in_a_row) == (2, 1, 0)
     trainer.step([bad], squared(model))
     trainer.step([bad], squared(model))
-    with pytest.raises(NonFiniteError, match=r"3 optimizer steps in a row were not finite, first in the gradient of 0\."):
+    with pytest.raises(
+        NonFiniteError, match=r"3 optimizer steps in a row were not finite, first in the gradient of 0\."
+    ):
         trainer.step([bad], squared(model))
     assert trainer.skipped_count == 4
 
@@ -167,5 +169,8 @@ def test_nothing_to_train_is_refused() -> None:
 
 
 def test_metrics_of_steps_are_averaged_where_they_exist() -> None:
-    reports = [StepReport(1, 0.0, 0.0, 0.0, False, {"a": 1.0}), StepReport(2, 0.0, 0.0, 0.0, False, {"a": 3.0, "b": 5.0})]
+    reports = [
+        StepReport(1, 0.0, 0.0, 0.0, False, {"a": 1.0}),
+        StepReport(2, 0.0, 0.0, 0.0, False, {"a": 3.0, "b": 5.0}),
+    ]
     assert mean_reports(reports) == {"a": 2.0, "b": 5.0}

@@ -75,7 +75,7 @@ def gold_reward(
 ) -> list[float]:
     """Reward function with the ecosystem's signature: the gold total of each completion (str or messages).
 
-    `task` is the column of that name in `prompt_rows` and `preference_pairs`; the prompts and other columns are not read.
+    `task` is the column of that name in `prompt_rows` and `preference_pairs`; nothing else is read.
     """
     texts = [said if isinstance(said, str) else str(said[-1]["content"]) for said in completions]
     return [score.total for score in shared_scorer().score([Task.from_row(row) for row in task], texts)]
