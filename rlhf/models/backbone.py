@@ -6,6 +6,7 @@ a few small ones. Legend: B sequences, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -24,11 +25,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from rlhf.data.chat import prepare_tokenizer
 from rlhf.infra.config import Config
 from rlhf.infra.device import autocast, torch_dtype
 from rlhf.infra.errors import UserError
+from rlhf.models.adapter_files import load_adapter
 from rlhf.models.lora import (
     LoRAConfig,
     adapter_names,
@@ -78,6 +81,8 @@ class Backbone(nn.Module):
         Raises:
             UserError: the folder or name does not hold a model, or the tokenizer cannot serve.
         """
+        if not sys.stderr.isatty():
+            disable_progress_bar()  # a bar in a log file is noise
         source = resolve_model(config.name_or_path)
         dtype = torch_dtype(dtype_name) if config.train == "lora" else torch.float32
         try:
@@ -108,6 +113,15 @@ class Backbone(nn.Module):
             adapter_name=name,
             use_rslora=config.use_rslora,
         )
+        set_active_adapter(self.model, self._in_use)
+
+    def load_adapter(self, folder: str | Path, name: str) -> None:
+        """Put the adapter saved in a folder beside those that are there, frozen; what is in use stays in use.
+
+        Raises:
+            UserError: the folder holds no adapter for this base, or the name is taken.
+        """
+        load_adapter(self.model, folder, name)
         set_active_adapter(self.model, self._in_use)
 
     def copy_adapter(self, source: str, target: str) -> None:

@@ -33,7 +33,7 @@ class GenerationConfig(Config):
     temperature: float = Field(1.0, ge=0, description="divides the logits; 0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus: keep the likeliest tokens of this total mass")
     top_k: int = Field(0, ge=0, description="keep this many likeliest tokens; 0 keeps all")
-    stop: list[str] = Field(default_factory=list, description="strings at which an answer ends (they are cut away)")
+    stop: list[str] = Field(default_factory=list, description="strings at which an answer ends; they are cut from its text, not its tokens")
     merge_adapter: bool = Field(
         True,
         description="fp32 bases: fold the adapter into (a copy of) the weights while sampling; faster, equal to 1e-6",
@@ -168,6 +168,12 @@ def choose_tokens(log_p_NV: Tensor, uniforms_N: Tensor, config: GenerationConfig
     return tokens_N.clamp(max=p_NV.shape[-1] - 1), (1 - total_N).clamp(min=0)
 
 
+def text_before_stop(text: str, stop: Sequence[str]) -> str:
+    """An answer's text without the first of the stop strings in it, what follows that, and white space before it."""
+    places = [text.find(string) for string in stop if string in text]
+    return text[: min(places)].rstrip() if places else text
+
+
 def _truncated(p_NV: Tensor, top_p: float, top_k: int) -> Tensor:
     sorted_NV, order_NV = p_NV.sort(dim=-1, descending=True)
     keep_NV = sorted_NV.cumsum(dim=-1) - sorted_NV < top_p  # the token that crosses the threshold stays
@@ -209,7 +215,8 @@ class _Record:
 
     def ends_with_stop(self, rows: Tensor, t: int, backbone: Backbone, stop: Sequence[str]) -> Tensor:
         """Which rows' text holds a stop string by now; the last tokens suffice, since every step is looked at."""
-        tail = max(len(text) for text in stop) + 4
+        # A token may be a single byte.
+        tail = max(len(text.encode()) for text in stop) + 4
         texts = backbone.tokenizer.batch_decode(self.ids[rows, max(0, t + 1 - tail) : t + 1])
         return torch.tensor([any(s in text for s in stop) for text in texts], device=rows.device)
 

@@ -21,7 +21,7 @@ from rlhf.data.chat import prepare_tokenizer
 from rlhf.infra.config import Config
 from rlhf.infra.device import autocast
 from rlhf.infra.errors import UserError
-from rlhf.models.adapter_files import load_adapter, save_adapter
+from rlhf.models.adapter_files import save_adapter
 from rlhf.models.backbone import Backbone, ModelConfig, resolve_model
 
 CONFIG_FILE = "reward_config.json"
@@ -140,7 +140,7 @@ class RewardModel(nn.Module):
             backbone = Backbone.load(ModelConfig(name_or_path=base), dtype_name, backbone.device if backbone else None)
         name = adapter if description["has_adapter"] else None
         if name is not None:
-            load_adapter(backbone.model, folder, name)
+            backbone.load_adapter(folder, name)
         model = cls(backbone, name, description["pooling"], "frozen")
         if not (folder / HEAD_FILE).is_file():
             raise UserError(f"{folder} has no {HEAD_FILE}: its scores would be those of a random head; train it again")

@@ -17,7 +17,7 @@ import torch
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import RunConfig
 from rlhf.infra.run_folder import RUN_INFO, find_run
-from rlhf.models.adapter_files import load_adapter, save_adapter
+from rlhf.models.adapter_files import save_adapter
 from rlhf.models.backbone import BUNDLED_MODEL, Backbone, ModelConfig
 from rlhf.models.lora import merge_lora_weights
 from rlhf.models.policy import Policy
@@ -73,7 +73,7 @@ def load_policy(
     has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
     place = {"name_or_path": base, "tokenizer": folder if has_tokenizer else config.tokenizer}
     backbone = Backbone.load(config.model_copy(update=place), dtype, device)
-    load_adapter(backbone.model, folder, adapter)
+    backbone.load_adapter(folder, adapter)
     return LoadedPolicy(backbone, adapter)
 
 
@@ -181,7 +181,7 @@ class PolicyShelf:
         self._count += 1
         name = f"policy_{self._count}"
         if base in self._backbones:
-            load_adapter(self._backbones[base].model, folder, name)
+            self._backbones[base].load_adapter(folder, name)
             return LoadedPolicy(self._backbones[base], name)
         loaded = load_policy(source, self.config, self.output_dir, self.device, self.dtype, name)
         self._backbones[base] = loaded.backbone
