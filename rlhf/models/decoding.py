@@ -33,7 +33,9 @@ class GenerationConfig(Config):
     temperature: float = Field(1.0, ge=0, description="divides the logits; 0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus: keep the likeliest tokens of this total mass")
     top_k: int = Field(0, ge=0, description="keep this many likeliest tokens; 0 keeps all")
-    stop: list[str] = Field(default_factory=list, description="strings at which an answer ends; they are cut from its text, not its tokens")
+    stop: list[str] = Field(
+        default_factory=list, description="strings at which an answer ends; cut from its text, not from its tokens"
+    )
     merge_adapter: bool = Field(
         True,
         description="fp32 bases: fold the adapter into (a copy of) the weights while sampling; faster, equal to 1e-6",

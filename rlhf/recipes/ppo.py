@@ -32,6 +32,7 @@ from rlhf.infra.determinism import derive_seed, rng_state, seed_everything
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.infra.profiling import PhaseTimer
+from rlhf.models.decoding import text_before_stop
 from rlhf.models.policy import Policy
 from rlhf.models.reference import Reference
 from rlhf.recipes.launch import launch
@@ -145,12 +146,16 @@ class PPO:
                 "completion_ids": trajectory.responses(),
                 "finished": trajectory.finished_B.tolist(),
             }
-            completions = self.encoder.decode_batch(columns["completion_ids"])
-            return self.reward([example.prompt for example in batch], completions, columns)
+            return self.reward([example.prompt for example in batch], self.texts(trajectory), columns)
+
+    def texts(self, trajectory: Trajectory) -> list[str]:
+        """The answers as rewards and people read them: without special tokens and stop strings."""
+        stop = self.config.generation.stop
+        return [text_before_stop(text, stop) for text in self.encoder.decode_batch(trajectory.responses())]
 
     def shape(self, batch: Sequence[PromptExample], trajectory: Trajectory, scores: Scores) -> ShapedScores:
         """Normalise and clip the scores, subtract the penalties."""
-        completions = self.encoder.decode_batch(trajectory.responses())
+        completions = self.texts(trajectory)
         device = trajectory.response_ids_BR.device
         return shape_scores(
             torch.tensor(scores.total, device=device),
