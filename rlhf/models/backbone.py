@@ -205,6 +205,11 @@ class Backbone(nn.Module):
         return adapter_names(self.model)
 
     @property
+    def base_is_frozen(self) -> bool:
+        """Whether no weight outside the adapters takes gradients."""
+        return not any(p.requires_grad for name, p in self.model.named_parameters() if ".lora_" not in name)
+
+    @property
     def is_encoder(self) -> bool:
         return self.head is None
 

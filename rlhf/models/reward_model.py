@@ -129,24 +129,28 @@ class RewardModel(nn.Module):
     def load(
         cls, folder: Path, backbone: Backbone | None = None, adapter: str = "reward", dtype_name: str = "fp32"
     ) -> RewardModel:
-        """Read what `save` wrote: onto a shared backbone where it is the same base, else with a base of its own.
+        """Read what `save` wrote, frozen: onto a shared backbone where that is the same base and its own weights do not
+        train (the scores would move with them), else with a base of its own.
 
         Raises:
             UserError: the folder holds no reward model, or one without its head.
         """
         description = _read_description(folder)
-        base = str(folder) if description["train"] == "full" else description["base_model_name_or_path"]
-        if backbone is None or description["train"] == "full" or not same_base(backbone.name, base):
-            backbone = Backbone.load(ModelConfig(name_or_path=base), dtype_name, backbone.device if backbone else None)
+        if not (folder / HEAD_FILE).is_file():
+            raise UserError(f"{folder} has no {HEAD_FILE}: its scores would be those of a random head; train it again")
+        full = description["train"] == "full"
+        base = str(folder) if full else description["base_model_name_or_path"]
+        if backbone is None or full or not backbone.base_is_frozen or not same_base(backbone.name, base):
+            source = ModelConfig(name_or_path=base, tokenizer=str(folder))
+            backbone = Backbone.load(source, dtype_name, backbone.device if backbone else None)
         name = adapter if description["has_adapter"] else None
         if name is not None:
             backbone.load_adapter(folder, name)
         model = cls(backbone, name, description["pooling"], "frozen")
-        if not (folder / HEAD_FILE).is_file():
-            raise UserError(f"{folder} has no {HEAD_FILE}: its scores would be those of a random head; train it again")
         model.head.weight.data.copy_(load_file(folder / HEAD_FILE)["head.weight"])
         model.scale = ScoreScale(**description["scale"])
-        return model.requires_grad_(False)
+        model.head.requires_grad_(False)  # and no more: other adapters of a shared backbone may be in training
+        return model
 
 
 class ClassifierReward(nn.Module):

@@ -171,6 +171,20 @@ def test_loading_onto_a_policy_keeps_what_trains_there(base: Path, tmp_path: Pat
     assert {name for name, p in shared.named_parameters() if p.requires_grad} == before
 
 
+def test_a_base_that_trains_is_not_shared(base: Path, tmp_path: Path) -> None:
+    trained = RewardModel(load_base(base), model_config=SMALL)
+    trained.save(tmp_path)
+    policy = load_base(base, "full")
+    policy.model.requires_grad_(True)
+    model = load_reward_model(str(tmp_path), policy)
+    assert isinstance(model, RewardModel) and model.backbone is not policy
+    assert policy.adapter_names == [] and all(p.requires_grad for p in policy.model.parameters())
+    moved(policy)
+    ids, mask = right_padded(ROWS, 0)
+    with torch.no_grad():
+        assert torch.equal(model(ids, mask), trained(ids, mask))
+
+
 def test_the_adapter_is_pefts_sequence_classification(base: Path, tmp_path: Path) -> None:
     RewardModel(load_base(base), model_config=SMALL).save(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
