@@ -56,15 +56,14 @@ class Policy(nn.Module):
         self, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_mask_BR: Tensor, temperature: float
     ) -> ResponseStatistics:
         """Log-probabilities, entropies and values of the last R columns, from one pass (two with a value adapter)."""
-        hidden_BTD = self.backbone.hidden(input_ids_BT, attention_mask_BT, adapter=self.adapter)
-        statistics = _over_response(self.backbone, hidden_BTD, input_ids_BT, response_mask_BR, temperature)
+        rows = _CompactRows.of(input_ids_BT, attention_mask_BT, response_mask_BR)
+        hidden_MD = rows.hidden(self.backbone, self.adapter)
+        statistics = rows.statistics(self.backbone, hidden_MD, temperature)
         if self.value_head is None:
             return statistics
         if self.value_adapter is not None:
-            hidden_BTD = self.backbone.hidden(input_ids_BT, attention_mask_BT, adapter=self.value_adapter)
-        width = response_mask_BR.shape[1]
-        values_BR = self.value_head(hidden_BTD[:, -width - 1 : -1])
-        values_BR = torch.where(response_mask_BR, values_BR, torch.zeros_like(values_BR))
+            hidden_MD = rows.hidden(self.backbone, self.value_adapter)
+        values_BR = rows.scattered(self.value_head(hidden_MD))
         return ResponseStatistics(statistics.logprobs_BR, statistics.entropy_BR, values_BR)
 
     def generate(
@@ -119,25 +118,43 @@ def response_logprobs(
     temperature: float,
 ) -> Tensor:
     """Log-probabilities (B, R) of the last R columns under any adapter: what a reference is asked for."""
-    hidden_BTD = backbone.hidden(input_ids_BT, attention_mask_BT, adapter=adapter)
-    return _over_response(backbone, hidden_BTD, input_ids_BT, response_mask_BR, temperature).logprobs_BR
+    rows = _CompactRows.of(input_ids_BT, attention_mask_BT, response_mask_BR)
+    return rows.statistics(backbone, rows.hidden(backbone, adapter), temperature).logprobs_BR
 
 
-def _over_response(
-    backbone: Backbone, hidden_BTD: Tensor, input_ids_BT: Tensor, response_mask_BR: Tensor, temperature: float
-) -> ResponseStatistics:
-    width = response_mask_BR.shape[1]
-    statistics = statistics_from_hidden(
-        backbone.logits,
-        hidden_BTD[:, -width - 1 : -1][response_mask_BR],
-        input_ids_BT[:, -width:][response_mask_BR],
-        backbone.vocab_size,
+@dataclass(frozen=True)
+class _CompactRows:
+    """Rollout rows without their left padding: every row starts at column 0, so a batch is as wide as its longest row.
+
+    Prompts are padded on the left and responses on the right, which together makes rows of like length half padding.
+    M counts the response tokens of all rows, in row order; `action_mask_BT` is True on them.
+    """
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    action_mask_BT: Tensor
+    response_mask_BR: Tensor
+
+    @classmethod
+    def of(cls, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_mask_BR: Tensor) -> _CompactRows:
+        width = int(attention_mask_BT.sum(dim=1).max())
+        order_BT = (~attention_mask_BT).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+        in_response_BT = torch.zeros_like(attention_mask_BT)
+        in_response_BT[:, -response_mask_BR.shape[1] :] = response_mask_BR
+        gathered = (tensor.gather(1, order_BT) for tensor in (input_ids_BT, attention_mask_BT, in_response_BT))
+        return cls(*gathered, response_mask_BR)
+
+    def hidden(self, backbone: Backbone, adapter: str | None) -> Tensor:
+        """Hidden states (M, D) from which the response tokens were drawn."""
+        hidden_BTD = backbone.hidden(self.input_ids_BT, self.attention_mask_BT, adapter=adapter)
+        return hidden_BTD[:, :-1][self.action_mask_BT[:, 1:]]
+
+    def statistics(self, backbone: Backbone, hidden_MD: Tensor, temperature: float) -> ResponseStatistics:
+        tokens_M = self.input_ids_BT[self.action_mask_BT]
         # A greedy sample has no temperature; it is scored as the plain distribution would.
-        temperature or 1.0,
-    )
-    zeros_BR = statistics.logprobs_M.new_zeros(response_mask_BR.shape)
-    return ResponseStatistics(
-        zeros_BR.masked_scatter(response_mask_BR, statistics.logprobs_M),
-        zeros_BR.masked_scatter(response_mask_BR, statistics.entropy_M),
-        None,
-    )
+        found = statistics_from_hidden(backbone.logits, hidden_MD, tokens_M, backbone.vocab_size, temperature or 1.0)
+        return ResponseStatistics(self.scattered(found.logprobs_M), self.scattered(found.entropy_M), None)
+
+    def scattered(self, values_M: Tensor) -> Tensor:
+        """(M,) back to (B, R), 0 on padding."""
+        return values_M.new_zeros(self.response_mask_BR.shape).masked_scatter(self.response_mask_BR, values_M)

@@ -13,6 +13,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,26 +58,33 @@ class Scores:
 
 
 class CombinedReward:
-    """The weighted sum of reward terms."""
+    """The weighted sum of reward terms; a second term of one name is called `name_2`."""
 
     def __init__(self, terms: Sequence[RewardTerm]) -> None:
         if not terms:
             raise UserError("no reward was given; name at least one under `rewards`, a rule or `model`")
         self.terms = list(terms)
+        counts: Counter[str] = Counter()
+        self.names: list[str] = []
+        for term in self.terms:
+            counts[term.name] += 1
+            self.names.append(term.name if counts[term.name] == 1 else f"{term.name}_{counts[term.name]}")
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> Scores:
-        """Score every answer. A reward that returns the wrong number of values raises `UserError`."""
+        """Score every answer.
+
+        Raises:
+            UserError: a reward returned the wrong number of values, or one that is no finite number.
+        """
         total = [0.0] * len(completions)
         by_term: dict[str, list[float]] = {}
-        for term in self.terms:
-            values = [float(value) for value in term.function(prompts, completions, **columns)]
-            if len(values) != len(completions):
-                raise UserError(
-                    f"reward '{term.name}' returned {len(values)} values for {len(completions)} completions"
-                )
-            by_term[term.name] = values
+        for name, term in zip(self.names, self.terms, strict=True):
+            returned = list(term.function(prompts, completions, **columns))
+            if len(returned) != len(completions):
+                raise UserError(f"reward '{name}' returned {len(returned)} values for {len(completions)} completions")
+            values = by_term[name] = [_finite(value, name, place) for place, value in enumerate(returned)]
             total = [t + term.weight * v for t, v in zip(total, values, strict=True)]
         return Scores(total, by_term)
 
@@ -88,15 +98,20 @@ def load_function(name: str) -> RewardFunction:
     place, _, attribute = name.rpartition(":")
     if place.endswith(".py"):
         path = Path(place)
-        spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+        spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path) if path.is_file() else None
         if spec is None or spec.loader is None:
             raise UserError(f"no reward '{name}': there is no file {place}")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        # Dataclasses look their own module up; the prefix keeps the file from standing in for another module.
+        sys.modules[spec.name] = module
+        try:
+            spec.loader.exec_module(module)
+        except (SyntaxError, ImportError) as error:
+            raise UserError(f"no reward '{name}': {place} cannot be read: {error}") from error
     else:
         try:
             module = importlib.import_module(place)
-        except ImportError as error:
+        except (ImportError, ValueError) as error:  # ValueError: nothing stands before the colon
             raise UserError(f"no reward '{name}': {error}") from error
     function = vars(module).get(attribute)
     if not callable(function):
@@ -106,3 +121,14 @@ def load_function(name: str) -> RewardFunction:
         raise UserError(f"reward '{name}' must take **columns beside prompts and completions")
     result: RewardFunction = function
     return result
+
+
+def _finite(value: Any, name: str, place: int) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        # One such value would stay in the running mean of the scores for good.
+        raise UserError(f"reward '{name}' returned {value!r} for completion {place}; expected a finite number")
+    return number

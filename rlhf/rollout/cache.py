@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rlhf.infra.errors import UserError
 from rlhf.models.backbone import Backbone
 from rlhf.models.decoding import GenerationConfig
-from rlhf.models.lora import adapter_state_dict
+from rlhf.models.lora import adapter_state_dict, lora_layers
 from rlhf.rollout.trajectory import Trajectory
 
 
@@ -40,6 +41,7 @@ class ResponseCache:
         key = hashlib.blake2b(f"{weights}/{settings}/{seed}".encode(), digest_size=16).hexdigest()
         self.path = folder / f"{key}.jsonl"
         self._answers: dict[tuple[int, ...], CachedAnswer] = {}
+        self._torn = False
         if self.path.is_file():
             self._read()
 
@@ -51,6 +53,9 @@ class ResponseCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
+                if self._torn:
+                    file.write("\n")  # what a killed process began stays a line of its own
+                    self._torn = False
                 for answer in answers:
                     self._answers[tuple(answer.prompt_ids)] = answer
                     file.write(json.dumps(asdict(answer)) + "\n")
@@ -58,10 +63,12 @@ class ResponseCache:
             raise UserError(f"the response cache {self.path.parent} cannot be written: {error.strerror}") from error
 
     def _read(self) -> None:
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        text = self.path.read_text(encoding="utf-8")
+        self._torn = not text.endswith("\n") and text != ""
+        for line in text.splitlines():
             try:
                 answer = CachedAnswer(**json.loads(line))
-            except ValueError:
+            except (ValueError, TypeError):
                 continue  # the last line of a process that was killed while writing it
             self._answers[tuple(answer.prompt_ids)] = answer
 
@@ -82,11 +89,18 @@ def answers_of(trajectory: Trajectory) -> list[CachedAnswer]:
 
 @torch.no_grad()
 def weights_hash(backbone: Backbone, adapter: str | None) -> str:
-    """SHA-256 over every byte of the base and of the adapter, by name."""
+    """SHA-256 over every byte of the base and of the adapter, by name, whatever other adapters lie beside it."""
     digest = hashlib.sha256()
-    tensors = {name: p for name, p in backbone.model.named_parameters() if ".lora_" not in name}
+    wrapped = tuple(f"{path}.base." for path in lora_layers(backbone.model))
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in backbone.model.named_parameters():
+        if ".lora_" not in name:
+            before = next((prefix for prefix in wrapped if name.startswith(prefix)), None)
+            tensors[name if before is None else name.replace(before, before.removesuffix("base."))] = parameter
     if adapter is not None:
         tensors |= adapter_state_dict(backbone.model, adapter)
+        layers = lora_layers(backbone.model, adapter)
+        digest.update(repr({path: layers[path].settings[adapter].scaling for path in sorted(layers)}).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

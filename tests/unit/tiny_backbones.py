@@ -76,9 +76,9 @@ def tiny_backbone(
     return Backbone(model, tokenizer, f"tiny-{family}")
 
 
-def add_trained_adapter(backbone: Backbone, name: str, seed: int = 0) -> None:
+def add_trained_adapter(backbone: Backbone, name: str, seed: int = 0, lora_alpha: float | None = None) -> None:
     """An adapter with weights that matter, as training would leave it; frozen."""
-    backbone.add_adapter(name, LoRAConfig(r=4))
+    backbone.add_adapter(name, LoRAConfig(r=4, lora_alpha=lora_alpha))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in get_lora_parameters(backbone.model, name):
