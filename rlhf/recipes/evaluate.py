@@ -35,7 +35,7 @@ from rlhf.recipes.launch import launch
 from rlhf.recipes.reward import as_reward_pairs, score_pairs
 from rlhf.recipes.stages import REWARD_MODEL, LoadedPolicy, PolicyShelf, locate
 from rlhf.rewards.detectors import refusal_flags
-from rlhf.rewards.learned import LearnedReward
+from rlhf.rewards.learned import SCORING_TOKENS, LearnedReward
 from rlhf.rollout.cache import CachedAnswer, ResponseCache, answers_of, weights_hash
 from rlhf.rollout.sampler import Sampler
 
@@ -256,7 +256,7 @@ def reference_sums(reference: Reference, answers: Sequence[CachedAnswer], temper
     examples = [join(given.prompt_ids, given.response_ids) for given in answers]
     sums = torch.zeros(len(examples))
     with torch.no_grad():
-        for group in batches_by_tokens([len(example.input_ids) for example in examples], 32_768):
+        for group in batches_by_tokens([len(example.input_ids) for example in examples], SCORING_TOKENS):
             backbone = reference.backbone
             batch = pad_right([examples[i] for i in group], backbone.tokenizer.pad_token_id).to(backbone.device)
             logprobs = masked_logprobs(
@@ -275,7 +275,7 @@ def reward_pairs(parts: Parts) -> tuple[list[RewardPair], float | None]:
     """The reward model's scores of held-out pairs, and milliseconds per answer."""
     if parts.reward is None or not parts.pairs:
         return [], None
-    scores = score_pairs(parts.reward, parts.pairs, 16_384)
+    scores = score_pairs(parts.reward, parts.pairs, SCORING_TOKENS)
     return as_reward_pairs(parts.pairs, scores), scores.ms_per_sample
 
 

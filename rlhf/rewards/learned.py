@@ -14,6 +14,9 @@ from rlhf.data.collate import batches_by_tokens, pad_right
 from rlhf.data.rows import Prompt
 from rlhf.models.reward_model import ClassifierReward, RewardModel
 
+# Tokens per forward pass: small enough for the activations to stay in a processor's caches.
+SCORING_TOKENS = 2_048
+
 
 class LearnedReward:
     """Scores answers with a frozen reward model, in batches filled by tokens.
@@ -29,7 +32,7 @@ class LearnedReward:
         policy_tokenizer: PreTrainedTokenizerBase | None = None,
         system_prompt: str | None = None,
         standardise: bool = True,
-        max_batch_tokens: int = 16_384,
+        max_batch_tokens: int = SCORING_TOKENS,
     ) -> None:
         self.model, self.standardise, self.max_batch_tokens = model, standardise, max_batch_tokens
         self.encoder = ChatEncoder(model.tokenizer, system_prompt)

@@ -15,9 +15,9 @@ WriteRows = Callable[[Sequence[Mapping[str, Any]]], Path]
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained Qwen2 of two layers with a tokenizer of whole words, as a user's model folder."""
+    """An untrained Llama of two layers with a tokenizer of whole words, as a user's model folder."""
     folder, tokenizer = tmp_path_factory.mktemp("base"), word_tokenizer()
-    tiny_model("qwen2", len(tokenizer), spread=0.1).save_pretrained(folder)
+    tiny_model("llama", len(tokenizer), spread=0.1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -385,7 +385,9 @@ def test_a_stop_string_of_many_bytes_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     backbone, stop = tiny_backbone(), "終わりです"
     data = f"x{stop}".encode()
     monkeypatch.setattr(
-        type(backbone.tokenizer), "batch_decode", lambda _, rows: [bytes(r.tolist()).decode(errors="replace") for r in rows]
+        type(backbone.tokenizer),
+        "batch_decode",
+        lambda _, rows: [bytes(r.tolist()).decode(errors="replace") for r in rows],
     )
     record = decoding._Record(1, len(data), 0, torch.device("cpu"), with_values=False)
     record.ids[0] = torch.tensor(list(data))

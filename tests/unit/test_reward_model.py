@@ -38,7 +38,7 @@ SMALL = ModelConfig(lora=LoRAConfig(r=4))
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved base model with its tokenizer."""
     folder, tokenizer = tmp_path_factory.mktemp("base"), word_tokenizer()
-    tiny_model("qwen2", len(tokenizer), spread=0.3).save_pretrained(folder)
+    tiny_model("llama", len(tokenizer), spread=0.3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -155,6 +155,7 @@ def test_a_reward_model_of_another_base_brings_its_own(base: Path, tmp_path: Pat
     other = tiny_backbone("gpt2")
     model = load_reward_model(str(tmp_path), other)
     assert isinstance(model, RewardModel)
+    assert model.tokenizer.get_vocab() == trained.tokenizer.get_vocab()
     assert model.backbone is not other and other.adapter_names == []
     ids, mask = right_padded(ROWS, 0)
     with torch.no_grad():

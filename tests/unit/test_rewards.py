@@ -89,7 +89,7 @@ def test_every_rule_scores_an_empty_batch() -> None:
 
 # ---------------------------------------------------------------- users' functions
 
-GOOD = '''
+GOOD = """
 from __future__ import annotations
 from dataclasses import dataclass
 
@@ -107,7 +107,7 @@ def no_columns(prompts, completions):
     return [0.0] * len(completions)
 
 number = 3
-'''
+"""
 
 
 def test_a_function_from_a_file(tmp_path: Path) -> None:
@@ -179,7 +179,9 @@ def test_wrong_numbers_of_values_and_no_terms_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "much"])
 def test_a_value_that_is_no_finite_number_is_refused(value: Any) -> None:
-    with pytest.raises(UserError, match=r"reward 'a' returned (nan|inf|None|'much') for completion 1; expected a finite"):
+    with pytest.raises(
+        UserError, match=r"reward 'a' returned (nan|inf|None|'much') for completion 1; expected a finite"
+    ):
         CombinedReward([RewardTerm("a", constant(1.0, value))])(["p", "q"], ["x", "y"], {})
 
 

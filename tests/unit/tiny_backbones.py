@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -18,11 +20,34 @@ from transformers import (
 from rlhf.models.backbone import Backbone
 from rlhf.models.lora import LoRAConfig, get_lora_parameters
 
-WORDS = (
-    "red green blue black white cat dog bird fish horse one two three four five good bad big small the a is not very"
-).split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "black",
+    "white",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "horse",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "good",
+    "bad",
+    "big",
+    "small",
+    "the",
+    "a",
+    "is",
+    "not",
+    "very",
+]
 PAD, END, UNKNOWN = "<pad>", "<end>", "<unknown>"
-Family = Literal["gpt2", "qwen2"]
+Family = Literal["gpt2", "qwen2", "llama"]
 
 
 def word_tokenizer(*, separate_pad: bool = True) -> PreTrainedTokenizerFast:
@@ -36,7 +61,10 @@ def word_tokenizer(*, separate_pad: bool = True) -> PreTrainedTokenizerFast:
 
 
 def tiny_model(family: Family, vocab_size: int, *, dropout: float = 0.0, spread: float = 0.02) -> PreTrainedModel:
-    """Two layers, width 32, random weights of the given standard deviation (larger: more decided distributions)."""
+    """Two layers, width 32, random weights of the given standard deviation (larger: more decided distributions).
+
+    Models that go to disk are of the `llama` family: beside a Qwen2 transformers loads no tokenizer but Qwen2's own.
+    """
     torch.manual_seed(0)
     if family == "gpt2":
         gpt2 = GPT2Config(
@@ -53,19 +81,19 @@ def tiny_model(family: Family, vocab_size: int, *, dropout: float = 0.0, spread:
             eos_token_id=0,
         )
         return GPT2LMHeadModel(gpt2)
-    qwen2 = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=spread,
-        attention_dropout=dropout,
-    )
-    return Qwen2ForCausalLM(qwen2)
+    shape = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "initializer_range": spread,
+        "attention_dropout": dropout,
+    }
+    return Qwen2ForCausalLM(Qwen2Config(**shape)) if family == "qwen2" else LlamaForCausalLM(LlamaConfig(**shape))
 
 
 def tiny_backbone(
