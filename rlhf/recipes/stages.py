@@ -64,7 +64,10 @@ def locate(source: str, output_dir: Path, kind: str) -> str:
 def load_policy(
     source: str, config: ModelConfig, output_dir: Path, device: torch.device, dtype: str = "fp32", adapter: str = "sft"
 ) -> LoadedPolicy:
-    """Load base and adapter of a policy; `config` says how the base is to be held, the source which base it is."""
+    """Load base and adapter of a policy; `config` says how the base is to be held, the source which base it is.
+
+    Where every weight is to train, the adapter is merged into the base: it could not be told from it afterwards.
+    """
     folder = locate(source, output_dir, POLICY)
     if not (Path(folder) / ADAPTER_CONFIG).is_file():
         backbone = Backbone.load(config.model_copy(update={"name_or_path": folder}), dtype, device)
@@ -74,6 +77,9 @@ def load_policy(
     place = {"name_or_path": base, "tokenizer": folder if has_tokenizer else config.tokenizer}
     backbone = Backbone.load(config.model_copy(update=place), dtype, device)
     backbone.load_adapter(folder, adapter)
+    if config.train == "full":
+        merge_lora_weights(backbone.model, adapter)
+        return LoadedPolicy(backbone, None)
     return LoadedPolicy(backbone, adapter)
 
 
@@ -113,8 +119,6 @@ def start_policy(
     torch.manual_seed(run.seed)
     head = None if value_head is None else ValueHead(backbone.width, value_head).to(device)
     if config.train == "full":
-        if loaded.adapter is not None:
-            merge_lora_weights(backbone.model, loaded.adapter)
         frozen = load_policy(source, config, run.output_dir, device, run.dtype)
         backbone.model.requires_grad_(True)
         return StartedPolicy(Policy(backbone, None, head), Reference(frozen.backbone, frozen.adapter))
