@@ -32,7 +32,7 @@ def sft(tmp_path: Path, base: Path, data: Path, name: str, *more: str) -> Run:
     return run_sft(load_config(SFTConfig, overrides=[*shared, *more]))
 
 
-@pytest.mark.parametrize("more", [("model.train=full",), ("packing=true", "data.max_length=24", "model.lora.r=16")])
+@pytest.mark.parametrize("more", [(), ("packing=true", "data.max_length=24")], ids=["padded", "packed"])
 def test_sft_learns_sixteen_answers_by_heart(
     tmp_path: Path, base: Path, write_rows: WriteRows, more: tuple[str, ...]
 ) -> None:
@@ -43,7 +43,8 @@ def test_sft_learns_sixteen_answers_by_heart(
         write_rows(rows),
         "sft",
         "data.validation_fraction=0",
-        "training.num_train_epochs=120",
+        "model.train=full",
+        "training.num_train_epochs=80",
         "optimizer.learning_rate=0.01",
         *more,
     )

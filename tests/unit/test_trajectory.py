@@ -180,7 +180,7 @@ def test_a_half_written_last_line_costs_only_itself(tmp_path: Path, rest: str) -
 
 def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="the response cache .* cannot be written"):
+    with pytest.raises(UserError, match=r"the response cache .* cannot be written"):
         ResponseCache(tmp_path / "file" / "cache", "weights", CONFIG, 0).put(ANSWERS)
 
 
