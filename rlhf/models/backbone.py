@@ -67,7 +67,6 @@ class Backbone(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.name, self.dtype_name = model, tokenizer, name, dtype_name
         self.notes = prepare_tokenizer(tokenizer)
-        self.head = model.get_output_embeddings()
         self._in_use: str | None = None
         # Dropout stays off in every stage: with it on, the ratio of the first PPO step is not 1 and the reference is
         # not one distribution (checklist P2). `train()` is therefore never passed on to the model.
@@ -196,7 +195,8 @@ class Backbone(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits (..., V) of hidden states (..., D), with the architecture's cap where it has one."""
         with autocast(hidden.device, self.dtype_name):
-            logits: Tensor = self.head(hidden)
+            # Asked for each time: an adapter on the head puts another layer in its place.
+            logits: Tensor = self.model.get_output_embeddings()(hidden)
         cap = self.model.config.to_dict().get("final_logit_softcapping")
         return logits if not cap else torch.tanh(logits / cap) * cap
 
@@ -211,7 +211,7 @@ class Backbone(nn.Module):
 
     @property
     def is_encoder(self) -> bool:
-        return self.head is None
+        return self.model.get_output_embeddings() is None
 
     @property
     def width(self) -> int:

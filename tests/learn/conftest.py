@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_backbones import tiny_model, word_tokenizer
-
-WriteRows = Callable[[Sequence[Mapping[str, Any]]], Path]
+from toy_runs import WriteRows
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WriteRows
 from safetensors.torch import load_file
-from toy_runs import column, demonstrations, interrupt_after, log_lines, pairs, settings
+from toy_runs import WriteRows, column, demonstrations, interrupt_after, log_lines, pairs, settings
 
 from rlhf.infra.config import load_config
 from rlhf.infra.experiment import Run
@@ -44,7 +43,7 @@ def test_sft_learns_sixteen_answers_by_heart(
         "sft",
         "data.validation_fraction=0",
         "model.train=full",
-        "training.num_train_epochs=80",
+        "training.num_train_epochs=60",
         "optimizer.learning_rate=0.01",
         *more,
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.infra.experiment import Run
 
+WriteRows = Callable[[Sequence[Mapping[str, Any]]], Path]
 ANIMALS, COLOURS, NUMBERS = ("cat", "dog", "bird", "fish"), ("red", "green", "blue", "black"), ("one", "two", "three")
 
 

@@ -151,6 +151,22 @@ def test_none_is_the_bare_base_also_right_after_an_adapter_was_loaded(tmp_path: 
     assert torch.equal(backbone.hidden(ids), before)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_an_adapter_on_the_head_is_heard(family: Family) -> None:
+    backbone, ids = tiny_backbone(family), torch.tensor([[5, 6, 7]])
+    bare = backbone.logits(backbone.hidden(ids))
+    backbone.add_adapter("sft", LoRAConfig(r=4, target_modules=["lm_head"]))
+    nn.init.normal_(get_lora_parameters(backbone.model, "sft")[1])
+    with torch.no_grad(), backbone.using("sft"):
+        adapted = backbone.logits(backbone.hidden(ids, adapter="sft"))
+        torch.testing.assert_close(adapted, backbone.model(ids).logits)
+        assert not torch.allclose(adapted, bare)
+        with backbone.merged("sft"):  # the embedding shares its weight with the head and must not move with it
+            torch.testing.assert_close(backbone.logits(backbone.hidden(ids, adapter="sft")), adapted, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        assert torch.equal(backbone.logits(backbone.hidden(ids)), bare)
+
+
 def test_a_block_returns_to_the_adapter_before_it_even_after_an_error() -> None:
     backbone, ids = tiny_backbone(), torch.tensor([[5, 6, 7]])
     for seed, name in enumerate(("sft", "policy")):
