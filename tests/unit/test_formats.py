@@ -282,7 +282,7 @@ def write(path: Path) -> Path:
         content = json.dumps(ROWS).encode()
     else:
         content = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     return path
 
 
@@ -383,7 +383,7 @@ def test_csv_cells_may_hold_lists_and_long_text(tmp_path: Path) -> None:
         ("broken.json", b'[{"prompt": "a"},\n {"prompt": ]', "line 2 is not valid JSON"),
         ("text.json", b'"just text"', "expected an array"),
         ("latin.csv", "prompt\n\xe9".encode("latin-1"), "line 2 is not UTF-8"),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}')[:-9], "cannot be read"),
+        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-9], "cannot be read"),
         ("no.parquet", b"PAR1", "not readable as Parquet"),
         ("empty.jsonl", b"\n\n", "holds no rows"),
         ("rows.xml", b"<a/>", "not a data file"),
