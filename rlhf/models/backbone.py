@@ -192,9 +192,12 @@ class Backbone(nn.Module):
             hidden_BTD: Tensor = trunk(**arguments).last_hidden_state
         return hidden_BTD
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits (..., V) of hidden states (..., D), with the architecture's cap where it has one."""
-        with autocast(hidden.device, self.dtype_name):
+    def logits(self, hidden: Tensor, *, adapter: str | None = None) -> Tensor:
+        """Vocabulary logits (..., V) of hidden states (..., D), with the architecture's cap where it has one.
+
+        The adapter must be named here too: it may stand on the head.
+        """
+        with self.using(adapter), autocast(hidden.device, self.dtype_name):
             # Asked for each time: an adapter on the head puts another layer in its place.
             logits: Tensor = self.model.get_output_embeddings()(hidden)
         cap = self.model.config.to_dict().get("final_logit_softcapping")

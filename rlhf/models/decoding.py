@@ -130,7 +130,7 @@ def decode(
     with backbone.merged(adapter) if merge else backbone.using(adapter):
         hidden = backbone.hidden(prompt_ids_NP, prompt_mask_NP, adapter=adapter, cache=cache)[:, -1]
         for t in range(width):
-            log_p = _log_distribution(backbone.logits(hidden), config.temperature)
+            log_p = _log_distribution(backbone.logits(hidden, adapter=adapter), config.temperature)
             tokens, lost_mass = choose_tokens(log_p, uniforms_NR[rows, t], config)
             values = None if value_head is None else value_head(hidden)
             record.write(rows[~done], t, tokens[~done], log_p[~done], None if values is None else values[~done])

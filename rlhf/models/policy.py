@@ -6,6 +6,7 @@ Legend: B sequences, P prompt, R response, T = P + R, D model width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class Policy(nn.Module):
         """Log-probabilities, entropies and values of the last R columns, from one pass (two with a value adapter)."""
         rows = _CompactRows.of(input_ids_BT, attention_mask_BT, response_mask_BR)
         hidden_MD = rows.hidden(self.backbone, self.adapter)
-        statistics = rows.statistics(self.backbone, hidden_MD, temperature)
+        statistics = rows.statistics(self.backbone, self.adapter, hidden_MD, temperature)
         if self.value_head is None:
             return statistics
         if self.value_adapter is not None:
@@ -99,7 +100,7 @@ def masked_logprobs(
     hidden_BTD = backbone.hidden(input_ids_BT, attention_mask_BT, position_ids_BT, adapter=adapter)
     target_mask = action_mask_BT[:, 1:]
     statistics = statistics_from_hidden(
-        backbone.logits,
+        partial(backbone.logits, adapter=adapter),
         hidden_BTD[:, :-1][target_mask],
         input_ids_BT[:, 1:][target_mask],
         backbone.vocab_size,
@@ -119,7 +120,7 @@ def response_logprobs(
 ) -> Tensor:
     """Log-probabilities (B, R) of the last R columns under any adapter: what a reference is asked for."""
     rows = _CompactRows.of(input_ids_BT, attention_mask_BT, response_mask_BR)
-    return rows.statistics(backbone, rows.hidden(backbone, adapter), temperature).logprobs_BR
+    return rows.statistics(backbone, adapter, rows.hidden(backbone, adapter), temperature).logprobs_BR
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,13 @@ class _CompactRows:
         hidden_BTD = backbone.hidden(self.input_ids_BT, self.attention_mask_BT, adapter=adapter)
         return hidden_BTD[:, :-1][self.action_mask_BT[:, 1:]]
 
-    def statistics(self, backbone: Backbone, hidden_MD: Tensor, temperature: float) -> ResponseStatistics:
+    def statistics(
+        self, backbone: Backbone, adapter: str | None, hidden_MD: Tensor, temperature: float
+    ) -> ResponseStatistics:
         tokens_M = self.input_ids_BT[self.action_mask_BT]
         # A greedy sample has no temperature; it is scored as the plain distribution would.
-        found = statistics_from_hidden(backbone.logits, hidden_MD, tokens_M, backbone.vocab_size, temperature or 1.0)
+        head = partial(backbone.logits, adapter=adapter)
+        found = statistics_from_hidden(head, hidden_MD, tokens_M, backbone.vocab_size, temperature or 1.0)
         return ResponseStatistics(self.scattered(found.logprobs_M), self.scattered(found.entropy_M), None)
 
     def scattered(self, values_M: Tensor) -> Tensor:

@@ -152,19 +152,30 @@ def test_none_is_the_bare_base_also_right_after_an_adapter_was_loaded(tmp_path: 
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
-def test_an_adapter_on_the_head_is_heard(family: Family) -> None:
+def test_an_adapter_on_the_head_is_heard_everywhere(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In both families the embedding shares its weight with the head and must not move with it.
     backbone, ids = tiny_backbone(family), torch.tensor([[5, 6, 7]])
-    bare = backbone.logits(backbone.hidden(ids))
     backbone.add_adapter("sft", LoRAConfig(r=4, target_modules=["lm_head"]))
     nn.init.normal_(get_lora_parameters(backbone.model, "sft")[1])
+    backbone.train_only(["sft"])
+    policy, config = Policy(backbone, "sft"), GenerationConfig(max_new_tokens=5)
+    trajectory = sampled(policy, config)
+    assert_same_answers(sampled(policy, config.model_copy(update={"merge_adapter": False})), trajectory)
+    asked = (trajectory.input_ids_BT, trajectory.attention_mask_BT, trajectory.response_mask_BR, 1.0)
+    gradients = []
+    for limit in (10**6, 2 * backbone.vocab_size):  # all at once, and in chunks that are computed again
+        monkeypatch.setattr(logprobs_module, "MAX_LOGITS", limit)
+        again = policy.response_statistics(*asked).logprobs_BR
+        torch.testing.assert_close(again.detach(), trajectory.logprobs_BR, atol=1e-4, rtol=0)
+        gradients.append(torch.autograd.grad(again.sum(), get_lora_parameters(backbone.model, "sft")))
+    for whole, chunked in zip(*gradients, strict=True):
+        torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=1e-4)
     with torch.no_grad(), backbone.using("sft"):
-        adapted = backbone.logits(backbone.hidden(ids, adapter="sft"))
-        torch.testing.assert_close(adapted, backbone.model(ids).logits)
-        assert not torch.allclose(adapted, bare)
-        with backbone.merged("sft"):  # the embedding shares its weight with the head and must not move with it
-            torch.testing.assert_close(backbone.logits(backbone.hidden(ids, adapter="sft")), adapted, atol=1e-5, rtol=0)
-    with torch.no_grad():
-        assert torch.equal(backbone.logits(backbone.hidden(ids)), bare)
+        expected = backbone.model(ids).logits.log_softmax(-1)
+    actions = torch.tensor([[False, True, True]])
+    found = policy.logprobs(ids, torch.ones_like(actions), actions)[0]
+    assert found.tolist() == pytest.approx([0.0, float(expected[0, 0, 6]), float(expected[0, 1, 7])], abs=1e-5)
+    assert not torch.allclose(Reference(backbone, None).logprobs(*asked), trajectory.logprobs_BR, atol=0.1)
 
 
 def test_a_block_returns_to_the_adapter_before_it_even_after_an_error() -> None:
@@ -327,7 +338,7 @@ def scripted(backbone: Backbone, answers: list[list[int]], width: int, config: G
     vocab_size, calls = backbone.vocab_size, iter(range(width))
 
     class Scripted(Backbone):
-        def logits(self, hidden: Tensor) -> Tensor:
+        def logits(self, hidden: Tensor, *, adapter: str | None = None) -> Tensor:
             t = next(calls)
             wanted = torch.tensor([answer[min(t, len(answer) - 1)] for answer in answers])
             return 50.0 * nn.functional.one_hot(wanted, vocab_size).float()
