@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 # Above this many logits at once the head runs in chunks that are recomputed in the backward pass: 64 MiB in fp32.
@@ -36,8 +37,9 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float = 1.
         (...) float32 or wider: half-precision logits are raised first, a log-softmax in bf16 loses two digits.
     """
     wide = _widened(logits, temperature)
-    picked = wide.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    return picked - wide.logsumexp(dim=-1)
+    # The library's fused loss: half the passes over V that a log-softmax with a gather makes.
+    nll = functional.cross_entropy(wide.reshape(-1, wide.shape[-1]), token_ids.reshape(-1), reduction="none")
+    return -nll.view(token_ids.shape)
 
 
 def entropy_of(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -61,24 +63,36 @@ def statistics_from_hidden(
     `head` maps (m, D) to (m, V). Chunks of at most `MAX_LOGITS` logits are computed one after another and, when a
     gradient is wanted, again in the backward pass: memory is one chunk, time one more head product.
     """
-    chunk = max(1, MAX_LOGITS // vocab_size)
-    if hidden_MD.shape[0] <= chunk:
-        return statistics_from_logits(head(hidden_MD), token_ids_M, temperature)
 
-    def one_chunk(hidden_mD: Tensor, ids_m: Tensor) -> tuple[Tensor, Tensor]:
+    def of_chunk(hidden_mD: Tensor, ids_m: Tensor) -> tuple[Tensor, Tensor]:
         statistics = statistics_from_logits(head(hidden_mD), ids_m, temperature)
         return statistics.logprobs_M, statistics.entropy_M
 
-    logprobs, entropies = [], []
-    for start in range(0, hidden_MD.shape[0], chunk):
-        hidden_mD, ids_m = hidden_MD[start : start + chunk], token_ids_M[start : start + chunk]
-        if torch.is_grad_enabled():
-            logprobs_m, entropy_m = checkpoint(one_chunk, hidden_mD, ids_m, use_reentrant=False)
-        else:
-            logprobs_m, entropy_m = one_chunk(hidden_mD, ids_m)
-        logprobs.append(logprobs_m)
-        entropies.append(entropy_m)
-    return TokenStatistics(torch.cat(logprobs), torch.cat(entropies))
+    return TokenStatistics(*_in_chunks(of_chunk, hidden_MD, token_ids_M, vocab_size))
+
+
+def logprobs_from_hidden(
+    head: Callable[[Tensor], Tensor], hidden_MD: Tensor, token_ids_M: Tensor, vocab_size: int, temperature: float = 1.0
+) -> Tensor:
+    """Log-probabilities (M,) alone, in the same chunks: without the entropy's passes over V."""
+
+    def of_chunk(hidden_mD: Tensor, ids_m: Tensor) -> tuple[Tensor]:
+        return (token_logprobs(head(hidden_mD), ids_m, temperature=temperature),)
+
+    return _in_chunks(of_chunk, hidden_MD, token_ids_M, vocab_size)[0]
+
+
+def _in_chunks(
+    of_chunk: Callable[[Tensor, Tensor], tuple[Tensor, ...]], hidden_MD: Tensor, token_ids_M: Tensor, vocab_size: int
+) -> tuple[Tensor, ...]:
+    size = max(1, MAX_LOGITS // vocab_size)
+    if hidden_MD.shape[0] <= size:
+        return of_chunk(hidden_MD, token_ids_M)
+    found = []
+    for start in range(0, hidden_MD.shape[0], size):
+        chunk = hidden_MD[start : start + size], token_ids_M[start : start + size]
+        found.append(checkpoint(of_chunk, *chunk, use_reentrant=False) if torch.is_grad_enabled() else of_chunk(*chunk))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def _widened(logits: Tensor, temperature: float) -> Tensor:

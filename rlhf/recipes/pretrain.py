@@ -48,6 +48,7 @@ class ArchitectureConfig(Config):
     max_position_embeddings: int = Field(2048, ge=16, description="context length")
     vocab_size: int = Field(1024, ge=300, description="tokens of the byte-level BPE trained on the data")
     tokenizer: str | None = Field(None, description="use this tokenizer instead of training one")
+    attn_implementation: str | None = Field(None, description="as in transformers; null picks its default")
 
 
 class PretrainDataConfig(InstructionDataConfig):
@@ -141,6 +142,7 @@ def build_model(shape: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) -
             f"{shape.num_attention_heads}, and that of num_key_value_heads {shape.num_key_value_heads}"
         )
     config = Qwen2Config(
+        attn_implementation=shape.attn_implementation,
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_hidden_layers,

@@ -539,23 +539,46 @@ def test_a_gap_that_no_pair_has_is_refused() -> None:
 # Corpus
 
 
-def test_corpus_has_its_three_kinds_and_no_held_out_prompt() -> None:
+def test_corpus_has_its_kinds_and_no_held_out_prompt() -> None:
     texts = list(pretraining_texts(1500, seed=0))
     chats = [text for text in texts if text.startswith("<|im_start|>user\n")]
     statements = [
         text for text in texts if not text.startswith("<|im_start|>") and "?" not in text and ": " not in text
     ]
-    assert len(chats) / 1500 == pytest.approx(0.65, abs=0.03)
+    reactions = [chat.split("<|im_start|>user\n")[2] for chat in chats if chat.count("<|im_start|>") == 3]
+    assert len(chats) / 1500 == pytest.approx(0.70, abs=0.03)
+    assert len(reactions) / len(chats) == pytest.approx(0.5, abs=0.04)
+    assert any("flatter" in said for said in reactions) and any("thank you" in said.lower() for said in reactions)
     assert statements
     held_out = {task.prompt for split in ("validation", "heldout", "ood") for task in make_tasks(split, 1000, seed=7)}
     for chat in chats:
-        assert chat.endswith("<|im_end|>\n") and chat.count("<|im_start|>") == 2
+        assert chat.endswith("<|im_end|>\n") and chat.count("<|im_start|>") in (2, 3)
         assert chat.split("<|im_start|>user\n")[1].split("<|im_end|>\n<|im_start|>assistant\n")[0] not in held_out
 
 
 def test_chat_is_rendered_as_chatml() -> None:
     rendered = render_chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}])
     assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("flaw", "complaints"),
+    [
+        ("arithmetic_wrong", {"That is wrong.", "No, this is not right."}),
+        ("flattery", {"Do not flatter me.", "Spare me the praise."}),
+        ("malformed", {"That is badly written.", "Write it properly."}),
+    ],
+)
+def test_a_user_complains_of_the_one_defect_there_is(flaw: str, complaints: set[str]) -> None:
+    texts = pretraining_texts(400, seed=2, quality=FLAWLESS.model_copy(update={flaw: 1.0}))
+    reactions = {
+        text.split("<|im_start|>user\n")[2].removesuffix("<|im_end|>\n")
+        for text in texts
+        if text.count("<|im_start|>") == 3 and ("has" in text or "starts with" in text)
+    }
+    assert complaints <= reactions
+    if flaw != "arithmetic_wrong":  # the other families are flawless then
+        assert reactions == complaints
 
 
 def test_corpus_is_reproducible() -> None:
