@@ -121,3 +121,22 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on(tmp_path: Path) -> None:
     assert "rlhf resume runs/long" in stderr
     assert rlhf("resume", str(tmp_path / "runs" / "long")) == 0
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 97))
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_log(finished: Path, tmp_path: Path) -> None:
+    assert rlhf("pipeline", "run.name=small", f"run.output_dir={tmp_path}", "run.num_threads=1", *SMALL) == 0
+    again = tmp_path / "small"
+    for stage in ("sft", "reward", "dpo", "ppo"):
+        lines = log_lines(again / stage)
+        assert lines and lines == log_lines(finished / stage), stage
+    assert (again / "eval" / "samples.jsonl").read_text() == (finished / "eval" / "samples.jsonl").read_text()
+    other = tmp_path / "other"
+    assert rlhf("pipeline", "run.name=small", f"run.output_dir={other}", "run.seed=1", *SMALL) == 0
+    assert log_lines(other / "small" / "sft") != log_lines(finished / "sft")
+
+
+def log_lines(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's log without what depends on the clock and the machine."""
+    lines = [json.loads(line) for line in (folder / "logs" / "train.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "rate/", "memory/"))} for line in lines]
