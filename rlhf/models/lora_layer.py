@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
@@ -148,6 +149,10 @@ class LoRALinear(nn.Module):
         settings, down, up = self.settings[name], self.lora_A[name], self.lora_B[name]
         autocast = torch.is_autocast_enabled(x.device.type)
         flat = x.reshape(-1, self.in_features)
+        if torch.is_grad_enabled() and not autocast and self._is_plain(flat, down, settings.dropout):
+            weight_OI = self.base.weight.t() if isinstance(self.base, Conv1D) else self.base.weight
+            together: Tensor = _LowRankLinear.apply(flat, weight_OI, self.base.bias, down, up, settings.scaling)
+            return together.view(*x.shape[:-1], self.out_features)
         total: Tensor = self.base(flat)
         out_dtype = total.dtype
         if settings.dropout > 0 and self.training:
@@ -162,6 +167,16 @@ class LoRALinear(nn.Module):
         else:
             total.addmm_(hidden, up.t(), alpha=settings.scaling)
         return total.to(out_dtype).view(*x.shape[:-1], self.out_features)
+
+    def _is_plain(self, flat: Tensor, down: Tensor, dropout: float) -> bool:
+        """Whether base and adapter can be one autograd function: a frozen dense base in one format with all else."""
+        weight = self.base.weight
+        return (
+            type(self.base) in (nn.Linear, Conv1D)
+            and not weight.requires_grad
+            and flat.dtype == down.dtype == weight.dtype
+            and not (dropout > 0 and self.training)
+        )
 
     @torch.no_grad()
     def merged_weight(self, name: str) -> Tensor:
@@ -227,6 +242,36 @@ class LoRALinear(nn.Module):
         if name is None or name not in self.settings:
             raise UserError(f"no adapter {name!r} in this layer; it has {sorted(self.settings)}.")
         return name
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """Frozen product and low-rank update as one node: y = x W' + b + s (x A') B'.
+
+    Left to autograd, the update costs two passes over wide tensors on its own: a copy of y to add to, and the sum of
+    the two gradients of x. Here both are accumulated in place, and the frozen W gets no gradient.
+    Suffixes: N rows, I in, O out, r rank.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, down_rI: Tensor, up_Or: Tensor, scaling: float
+    ) -> Tensor:
+        hidden_Nr = functional.linear(x_NI, down_rI)
+        y_NO = functional.linear(x_NI, weight_OI, bias_O).addmm_(hidden_Nr, up_Or.t(), alpha=scaling)
+        ctx.save_for_backward(x_NI, hidden_Nr, weight_OI, down_rI, up_Or)
+        ctx.scaling = scaling
+        return y_NO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, hidden_Nr, weight_OI, down_rI, up_Or = ctx.saved_tensors
+        grad_hidden_Nr = (grad_NO @ up_Or).mul_(ctx.scaling)
+        grad_x = torch.mm(grad_NO, weight_OI).addmm_(grad_hidden_Nr, down_rI) if ctx.needs_input_grad[0] else None
+        grad_bias = grad_NO.sum(dim=0) if ctx.needs_input_grad[2] else None
+        grad_down = grad_hidden_Nr.t() @ x_NI if ctx.needs_input_grad[3] else None
+        grad_up = (grad_NO.t() @ hidden_Nr).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
+        return grad_x, None, grad_bias, grad_down, grad_up, None
 
 
 def is_supported(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
