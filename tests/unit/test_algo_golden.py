@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,36 @@ from rlhf.algo.kl import KL_ESTIMATORS, KLConfig, KLController
 from rlhf.algo.masked import masked_whiten
 from rlhf.algo.ppo_loss import policy_loss, value_loss
 from rlhf.algo.preference_loss import PREFERENCE_LOSSES, PairLogRatios, dpo_loss
+from rlhf.algo.reward_loss import bradley_terry_loss, compute_preference_loss
 from rlhf.rewards.shaping import token_rewards
 from rlhf.rollout.trajectory import Trajectory
 
-GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text(encoding="utf-8"))
+FOLDER = Path(__file__).parents[1] / "golden"
+GOLDEN: dict[str, Any] = json.loads((FOLDER / "golden.json").read_text(encoding="utf-8"))
 EXPECTED = GOLDEN["expected"]
 MASK = torch.tensor(GOLDEN["inputs"]["mask"], dtype=torch.bool)
 NUM_TOKENS = 8
+
+# Values of what this package does not compute; whoever adds the method takes its line out and tests against the value.
+WAITING = {
+    "ppo_policy_loss_dual_clip1.05": "there is no dual clip",
+    "ppo_policy_loss_sequence_mean_of_token_sums": "the policy loss is a mean over tokens",
+    "ppo_policy_loss_sequence_mean_of_token_means": "the policy loss is a mean over tokens",
+    "group_relative_std": "there is no method with groups of answers",
+    "group_relative_no_std": "there is no method with groups of answers",
+    "rloo": "there is no method with groups of answers",
+    "grpo_losses_clip0.2_0.28_maxlen5": "there is no method with groups of answers",
+    "truncated_importance_weights_cap1.2": "there is no outside engine to correct for",
+    "kto_beta0.1": "KTO is not there",
+    "simpo_beta2_gamma1": "SimPO is not there",
+    "orpo_term_beta0.1": "ORPO is not there",
+    "best_of_n_kl": "there is no best-of-n",
+    "dapo_overlong_penalty_max20_cache4": "there is no soft penalty of length",
+    "nf4_codebook": "bitsandbytes quantises",
+    "alpaca_eval_2_alpaca-7b": "there is no length-controlled win rate",
+    "binomial_test_64_of_100": "win rates come with intervals, not with p-values",
+    "masked_whiten_note": "a note",
+}
 
 
 def given(name: str) -> Tensor:
@@ -38,6 +63,20 @@ def assert_golden(actual: Tensor | float, expected: Any, mask: Tensor | None = N
     if mask is not None:
         found, wanted = found[mask], wanted[mask]
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+
+
+def test_the_vectors_are_those_that_were_received() -> None:
+    digest = hashlib.sha256((FOLDER / "golden.json").read_bytes()).hexdigest()
+    assert digest == "e42f3bbbe040a0b9e770e63e7e695e5aeff184c8264629d394cc085cf49b4763"
+    assert digest in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_value_is_tested_or_waits_for_its_method() -> None:
+    tests = [Path(__file__), Path(__file__).with_name("test_winrate.py")]
+    text = re.sub(r"(?s)^WAITING = .*?^}", "", "".join(test.read_text(encoding="utf-8") for test in tests), flags=re.M)
+    tested = {name for name in EXPECTED if f'"{name}"' in text}
+    assert tested | WAITING.keys() == EXPECTED.keys()
+    assert not tested & WAITING.keys()
 
 
 def gae_of(gamma: float, lam: float, mask: Tensor) -> Any:
@@ -129,6 +168,23 @@ def test_dpo_loss_and_implicit_rewards() -> None:
     assert_golden(PREFERENCE_LOSSES["sigmoid"](ratios, 0.1), EXPECTED["preference_beta0.1"]["dpo"])
     assert_golden(0.1 * ratios.chosen_B, EXPECTED["dpo_implicit_rewards_beta0.1"]["chosen"])
     assert_golden(0.1 * ratios.rejected_B, EXPECTED["dpo_implicit_rewards_beta0.1"]["rejected"])
+
+
+def test_bradley_terry_is_the_log_loss_of_a_classifier() -> None:
+    # scikit-learn's log-loss of p for label 1 is the loss of a pair with difference logit p, for label 0 of -logit p.
+    golden = EXPECTED["calibration_5_uniform_bins"]
+    difference = given("calibration_probabilities").logit() * (2 * given("calibration_labels") - 1)
+    rejected = torch.linspace(-1, 1, len(difference), dtype=torch.float64)
+    assert_golden(bradley_terry_loss(rejected + difference, rejected).mean(), golden["log_loss"])
+    assert_golden(
+        bradley_terry_loss(rejected + difference + 0.5, rejected, torch.tensor(0.5)).mean(), golden["log_loss"]
+    )
+    loss, metrics = compute_preference_loss(rejected + difference, rejected)
+    assert_golden(loss, golden["log_loss"])
+    assert metrics["loss"] == pytest.approx(golden["log_loss"], abs=1e-6)
+    # DPO is the same loss on the implicit rewards.
+    chosen, refused = (torch.tensor(EXPECTED["dpo_implicit_rewards_beta0.1"][side]) for side in ("chosen", "rejected"))
+    assert_golden(bradley_terry_loss(chosen.double(), refused.double()), EXPECTED["preference_beta0.1"]["dpo"])
 
 
 def test_token_rewards_with_kl_and_score_on_the_last_token() -> None:
