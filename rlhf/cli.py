@@ -15,6 +15,7 @@ import typer
 from rlhf.infra.errors import UserError
 
 if TYPE_CHECKING:
+    from rlhf.eval.report import ReportPaths
     from rlhf.infra.experiment import Run
 
 app = typer.Typer(
@@ -81,13 +82,11 @@ def ppo(config: ConfigOption = None, overrides: Overrides = None) -> None:
 @app.command("eval")
 def evaluate(config: ConfigOption = None, overrides: Overrides = None) -> None:
     """Compare models on the same prompts and write a report."""
-    from rlhf.eval.report import summary_table
     from rlhf.infra.config import load_config
-    from rlhf.infra.logger import terminal
     from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
 
     run, report = run_evaluation(load_config(EvaluateConfig, config, overrides or ()))
-    terminal().print(summary_table(report.report))
+    _show(report)
     _say(run)
     typer.echo(f"report: {report.html}")
 
@@ -177,17 +176,23 @@ def main() -> None:
 
 
 def _pipeline(config: object, folder: Path | None = None) -> None:
-    from rlhf.eval.report import summary_table
-    from rlhf.infra.logger import terminal
     from rlhf.recipes.pipeline import PipelineConfig, run_pipeline
 
     assert isinstance(config, PipelineConfig)
     run, report = run_pipeline(config, folder)
     if report is not None:
-        terminal().print(summary_table(report.report))
+        _show(report)
     _say(run)
     if report is not None:
         typer.echo(f"report: {report.html}")
+
+
+def _show(report: ReportPaths) -> None:
+    from rlhf.eval.report import summary_table
+    from rlhf.infra.logger import terminal
+
+    console = terminal()
+    console.print(summary_table(report.report, intervals_below=console.width < 120))
 
 
 def _say(run: Run) -> None:

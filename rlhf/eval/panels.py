@@ -31,6 +31,12 @@ _CATALOGUE: tuple[tuple[str, str, str], ...] = (
     ("Tokens per second", "", r"^rate/|tokens_per_s"),
     ("Memory", "MB", r"^memory/|memory"),
     ("Seconds", "per step", r"^time/"),
+    ("Optimizer steps", "so far, per iteration", r"optimizer_steps|updates_this|skipped"),
+    ("Tokens seen", "so far", r"^train/tokens"),
+    ("Padding", "share of tokens", r"padding"),
+    ("Clipped, clamped, outlying", "share", r"(clipped|clamped|outlier)_share"),
+    ("Truncated mass", "probability", r"truncated_mass"),
+    ("Finished responses", "share", r"finished_share"),
     ("Accuracy", "share", r"accurac"),
     ("Margin", "", r"margin"),
     ("Reward", "", r"^(rewards?|scores?)/"),
@@ -39,7 +45,7 @@ _CATALOGUE: tuple[tuple[str, str, str], ...] = (
     ("KL to the reference", "nats per response", r"(^|/)kl($|/|_)|(^|/)kl"),
     ("Entropy", "nats per token", r"entropy"),
     ("Clip fraction", "share of tokens", r"clip_?frac|clipped_share|clip/"),
-    ("Probability ratio", "new / old", r"ratio"),
+    ("Probability ratio", "distance from 1", r"(^|[_/])ratio|logprob_gap"),
     ("Explained variance", "", r"explained"),
     ("Policy loss", "", r"policy.*loss|loss.*policy|pg_loss"),
     ("Value loss", "", r"value.*loss|loss.*value"),
@@ -61,7 +67,8 @@ _ORDER = (
     "Reward", "Gold score", "KL to the reference", "Entropy", "Loss", "Accuracy", "Margin", "Length",
     "Length change", "Refusals", "Repetition", "Finished responses", "Policy loss", "Value loss", "Clip fraction",
     "KL of the update", "Probability ratio", "KL coefficient", "Advantages", "Values and returns",
-    "Explained variance", "Gradient norm", "Learning rate", "Tokens per second", "Memory", "Seconds",
+    "Explained variance", "Clipped, clamped, outlying", "Truncated mass", "Gradient norm", "Learning rate",
+    "Optimizer steps", "Tokens seen", "Padding", "Tokens per second", "Memory", "Seconds",
 )  # fmt: skip
 SHORT = ("Loss", "Accuracy", "Margin", "Reward")
 
