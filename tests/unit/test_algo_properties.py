@@ -13,12 +13,18 @@ from torch.distributions import Categorical, kl_divergence
 
 from rlhf.algo import logprobs as logprobs_module
 from rlhf.algo.advantages import gae
-from rlhf.algo.kl import KLController, clamped_share, exact_kl, k1, k2, k3
-from rlhf.algo.logprobs import entropy_of, statistics_from_hidden, statistics_from_logits, token_logprobs
+from rlhf.algo.kl import KLConfig, KLController, clamped_share, exact_kl, k1, k2, k3
+from rlhf.algo.logprobs import (
+    entropy_of,
+    logprobs_from_hidden,
+    statistics_from_hidden,
+    statistics_from_logits,
+    token_logprobs,
+)
 from rlhf.algo.masked import masked_mean, masked_sum, masked_var, masked_whiten
 from rlhf.algo.ppo_loss import entropy_loss, kl_from_old, policy_loss, value_loss
 from rlhf.algo.preference_loss import PairLogRatios, dpo_loss
-from rlhf.algo.reward_loss import bradley_terry_loss
+from rlhf.algo.reward_loss import bradley_terry_loss, compute_preference_loss
 from rlhf.algo.sft_loss import sft_loss
 
 LENGTHS = (7, 3, 1, 5)
@@ -61,7 +67,7 @@ def test_lambda_one_is_return_minus_value_and_lambda_zero_the_td_error() -> None
     assert gae(rewards, values, mask, gamma=0.5, lam=0.0).advantages_BR.tolist() == [[0.625, 1.8125, 3.875]]
 
 
-def test_a_cut_off_answer_can_go_on_with_the_value_behind_it() -> None:
+def test_V3_a_cut_off_answer_can_go_on_with_the_value_behind_it() -> None:
     rewards, values = random(4, 7, seed=3), random(4, 7, seed=4)
     behind = torch.tensor([0.7, -0.3, 2.0, 0.0], dtype=torch.float64)
     result = gae(rewards, values, ragged_mask(), gamma=0.9, lam=0.8, bootstrap_values_B=behind)
@@ -83,7 +89,7 @@ def test_no_gradient_flows_through_advantages() -> None:
 # ---------------------------------------------------------------- masked reductions
 
 
-def test_masked_reductions_against_numpy() -> None:
+def test_V6_masked_reductions_against_numpy() -> None:
     values, mask = random(4, 7), ragged_mask()
     counted = np.concatenate([values[row, :length].numpy() for row, length in enumerate(LENGTHS)])
     assert float(masked_sum(values, mask)) == pytest.approx(counted.sum())
@@ -109,7 +115,7 @@ def test_masked_reductions_of_few_values() -> None:
         masked_mean(values, one.float())
 
 
-def test_padding_leaves_every_result_bit_for_bit_the_same() -> None:
+def test_V2_padding_leaves_every_result_bit_for_bit_the_same() -> None:
     ratio, advantages, values, old, returns = (random(4, 7, seed=seed).float() for seed in range(5))
     entropy, mask, count = random(4, 7, seed=5).float().abs(), ragged_mask(), sum(LENGTHS)
     wide_mask = padded(mask, False)
@@ -152,7 +158,7 @@ def test_exact_kl_and_entropy_against_torch_distributions() -> None:
     assert float(entropy_of(torch.zeros(4))) == pytest.approx(math.log(4))
 
 
-def test_estimators_have_the_mean_that_their_definition_says() -> None:
+def test_P7_estimators_have_the_mean_that_their_definition_says() -> None:
     policy, reference = random(9), random(9, seed=1)
     p, log_ratio = policy.softmax(-1), policy.log_softmax(-1) - reference.log_softmax(-1)
     exact = float(exact_kl(policy, reference))
@@ -162,7 +168,7 @@ def test_estimators_have_the_mean_that_their_definition_says() -> None:
     assert bool((k3(log_ratio) >= 0).all())
 
 
-def test_k3_stays_finite_for_tokens_far_outside_the_reference() -> None:
+def test_P7_k3_stays_finite_for_tokens_far_outside_the_reference() -> None:
     log_ratio = torch.tensor([-1000.0, -21.0, 0.5, 1000.0])
     expected = [math.exp(20) - 1 - 1000, math.exp(20) - 22, math.exp(-0.5) - 0.5, 999.0]
     assert k3(log_ratio).tolist() == pytest.approx(expected)
@@ -182,6 +188,8 @@ def test_early_stop_measure_is_the_kl_of_the_old_policy_from_the_new() -> None:
 def test_controllers() -> None:
     fixed = KLController(0.1)
     assert fixed.updated(100.0, 64) == fixed
+    named = KLController.from_config(KLConfig(coefficient=0.1, controller="fixed", target=6.0))
+    assert named.updated(100.0, 64) == named and named.coefficient == 0.1
     adaptive = KLController(0.1, target=6.0, horizon=1000.0)
     assert adaptive.updated(6.0, 100).coefficient == 0.1
     assert adaptive.updated(1e9, 100).coefficient == pytest.approx(0.1 * 1.02)  # the error is clipped to 0.2
@@ -202,6 +210,19 @@ def test_token_statistics_against_torch_distributions() -> None:
         flat = statistics_from_logits(logits.view(12, 13), tokens.view(12), temperature)
         torch.testing.assert_close(flat.logprobs_M, distribution.log_prob(tokens).view(12))
         torch.testing.assert_close(flat.entropy_M, distribution.entropy().view(12))
+
+
+def test_statistics_from_hidden_states_are_those_of_the_heads_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weights, tokens = random(12, 5), 3 * random(13, 5, seed=1), torch.arange(12)
+    for temperature in (1.0, 0.7, 2.0):
+        distribution = Categorical(logits=hidden @ weights.T / temperature)
+        for limit in (10**6, 5 * 13):
+            monkeypatch.setattr(logprobs_module, "MAX_LOGITS", limit)
+            both = statistics_from_hidden(lambda h: h @ weights.T, hidden, tokens, 13, temperature)
+            alone = logprobs_from_hidden(lambda h: h @ weights.T, hidden, tokens, 13, temperature)
+            torch.testing.assert_close(both.logprobs_M, distribution.log_prob(tokens))
+            torch.testing.assert_close(both.entropy_M, distribution.entropy())
+            torch.testing.assert_close(alone, distribution.log_prob(tokens))
 
 
 def test_half_precision_logits_are_widened_before_the_softmax() -> None:
@@ -269,6 +290,35 @@ def test_policy_loss_against_a_loop() -> None:
     assert outside > 0
 
 
+def test_a_ratio_beyond_all_bounds_stays_a_number() -> None:
+    far = torch.tensor([[1000.0, -1000.0]], dtype=torch.float64)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    found = policy_loss(far, torch.tensor([[-1.0, 1.0]]), mask, 1)
+    assert float(found.loss) == pytest.approx(math.exp(20) - math.exp(-20), rel=1e-12)
+    assert float(found.clip_fraction) == 2.0  # both tokens, divided by the one that the caller counted
+
+
+def test_losses_of_parts_add_up_to_the_loss_of_the_whole() -> None:
+    ratio, advantages, old, returns = (random(4, 7, seed=seed) for seed in range(4))
+    mask, count = ragged_mask(), 16
+
+    def losses(rows: slice) -> list[float]:
+        part = [tensor[rows] for tensor in (ratio, advantages, old, returns, mask)]
+        r, a, o, g, m = part
+        found = [policy_loss(r, a, m, count), value_loss(r, o, g, m, count), value_loss(r, o, g, m, count, None)]
+        single = [entropy_loss(r, m, count), kl_from_old(r, m, count), sft_loss(r[m], count)]
+        return [float(number) for one in found for number in (one.loss, one.clip_fraction)] + [float(x) for x in single]
+
+    first, second, whole = losses(slice(0, 1)), losses(slice(1, 4)), losses(slice(0, 4))
+    assert [a + b for a, b in zip(first, second, strict=True)] == pytest.approx(whole)
+
+
+def test_entropy_loss_is_minus_the_mean_over_the_tokens_counted_by_the_caller() -> None:
+    entropy, mask = torch.tensor([[1.0, 2.0, 99.0], [4.0, 99.0, 99.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    assert float(entropy_loss(entropy, mask, 3)) == pytest.approx(-7 / 3)
+    assert float(entropy_loss(entropy, mask, 10)) == pytest.approx(-0.7)
+
+
 def test_policy_gradient_at_the_start_is_minus_the_advantage() -> None:
     ratio, advantages = torch.zeros(4, 7, dtype=torch.float64, requires_grad=True), random(4, 7)
     policy_loss(ratio, advantages, ragged_mask(), 16).loss.backward()
@@ -297,6 +347,20 @@ def test_preference_losses_against_literals() -> None:
     assert dpo_loss(PairLogRatios(chosen, rejected), 1.0).tolist() == pytest.approx(plain)
     far = torch.tensor([-1000.0], dtype=torch.float64)
     assert bradley_terry_loss(far, -far).tolist() == [2000.0]  # no overflow
+
+
+def test_metrics_of_pairs_against_literals() -> None:
+    chosen, rejected = torch.tensor([2.0, 1.0, 0.0, 3.0]), torch.tensor([0.0, 1.0, 1.0, 2.5])
+    loss, metrics = compute_preference_loss(chosen, rejected)
+    # Differences 2, 0, -1, 0.5: two pairs in order and a tie that counts half.
+    expected = sum(math.log(1 + math.exp(-d)) for d in (2, 0, -1, 0.5)) / 4
+    assert float(loss) == pytest.approx(expected)
+    assert metrics == pytest.approx(
+        {"loss": expected, "accuracy": 2.5 / 4, "margin": 0.375, "chosen_reward": 1.5, "rejected_reward": 1.125}
+    )
+    with_margins, same = compute_preference_loss(chosen, rejected, torch.tensor([1.0, 0.0, 0.0, 2.0]))
+    assert float(with_margins) == pytest.approx(sum(math.log(1 + math.exp(-d)) for d in (1, 0, -1, -1.5)) / 4)
+    assert same["margin"] == pytest.approx(0.375)  # what the model says, not what was asked of it
 
 
 def test_sft_loss_does_not_depend_on_the_split() -> None:

@@ -31,7 +31,7 @@ def runs(mask: list[bool]) -> list[tuple[bool, int]]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_last_trained_token_is_the_one_generation_stops_at(name: str) -> None:
+def test_T3_the_last_trained_token_is_the_one_generation_stops_at(name: str) -> None:
     tokenizer = family(name)
     encoder = ChatEncoder(tokenizer)
     ids = encoder.response_ids(USER, "The answer is 4.")
@@ -77,7 +77,7 @@ def test_prompt_and_answer_read_as_the_template_writes_them(name: str, prompt: s
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "zephyr"])
-def test_every_assistant_turn_is_trained_and_nothing_else(name: str) -> None:
+def test_T8_every_assistant_turn_is_trained_and_nothing_else(name: str) -> None:
     encoder = ChatEncoder(family(name))
     example = encoder.conversation(TALK, train_on="all")
     whole = encoder.tokenizer.apply_chat_template(TALK, tokenize=False)
@@ -125,7 +125,7 @@ def test_turns_that_cannot_be_told_apart_are_refused_rather_than_guessed() -> No
     assert encoder.conversation(TALK, "last").loss_mask[-1]
 
 
-def test_conversation_with_nothing_to_train_on_raises() -> None:
+def test_T8_conversation_with_nothing_to_train_on_raises() -> None:
     encoder = ChatEncoder(family("chatml"))
     with pytest.raises(UserError, match="no assistant turn"):
         encoder.conversation(USER)
@@ -136,7 +136,7 @@ def test_conversation_with_nothing_to_train_on_raises() -> None:
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("in_template", [False, True])
-def test_bos_stands_at_most_once_on_every_path(adds_bos: bool, in_template: bool) -> None:
+def test_T6_bos_stands_at_most_once_on_every_path(adds_bos: bool, in_template: bool) -> None:
     template = LLAMA3 if in_template else LLAMA3.replace("{{ bos_token }}", "")
     names = FAMILIES["llama3"][1]
     tokenizer = byte_level(names, "<|end|>", "<|begin|>", template, adds_bos=adds_bos)
@@ -151,7 +151,7 @@ def test_bos_stands_at_most_once_on_every_path(adds_bos: bool, in_template: bool
     assert encoder.text_ids(["Hi"])[0].count(bos) == int(adds_bos)
 
 
-def test_bos_written_twice_by_a_template_is_kept_once() -> None:
+def test_T6_bos_written_twice_by_a_template_is_kept_once() -> None:
     names = FAMILIES["llama3"][1]
     doubled = "{{ bos_token }}" + LLAMA3
     encoder = ChatEncoder(byte_level(names, "<|end|>", "<|begin|>", doubled))
@@ -170,7 +170,7 @@ def test_raw_text_gets_one_space_and_one_eos() -> None:
     assert encoder.stop_token_ids == [tokenizer.eos_token_id]
 
 
-def test_eos_inside_the_prompt_changes_nothing_about_the_answer() -> None:
+def test_T4_eos_inside_the_prompt_changes_nothing_about_the_answer() -> None:
     encoder = ChatEncoder(family("chatml"))
     quoted = [{"role": "user", "content": "What does <|im_end|> or <|endoftext|> mean?"}]
     assert encoder.response_ids(quoted, "4.") == encoder.response_ids(USER, "4.")

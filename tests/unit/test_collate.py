@@ -35,7 +35,7 @@ def test_pad_right_by_hand() -> None:
     assert batch.input_ids_BT.dtype == batch.position_ids_BT.dtype == torch.long
 
 
-def test_real_eos_stays_trained_when_eos_pads() -> None:
+def test_T2_real_eos_stays_trained_when_eos_pads() -> None:
     eos = 2
     with_eos, with_pad = pad_right([LONG, SHORT], eos), pad_right([LONG, SHORT], PAD)
     trained_ends = (with_eos.input_ids_BT == eos) & with_eos.loss_mask_BT

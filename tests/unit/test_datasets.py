@@ -108,7 +108,7 @@ def test_hh_of_the_hub_and_of_the_file_come_out_alike(encoder: ChatEncoder) -> N
 # ---------------------------------------------------------------------- filters
 
 
-def test_pairs_are_dropped_by_reason_and_counted(letters: ChatEncoder) -> None:
+def test_T10_pairs_are_dropped_by_reason_and_counted(letters: ChatEncoder) -> None:
     rows = [
         pair("abcdef\n", "good", "bad"),  # 7 + 5 and 7 + 4 tokens, EOS included
         pair("abcdef\n", "good", "  "),
@@ -150,7 +150,7 @@ def test_length_bounds_are_inclusive(letters: ChatEncoder, min_length: int, max_
             assert "2 too_long" in str(error)
 
 
-def test_overlong_rows_can_lose_the_start_of_the_prompt_but_never_the_answer(letters: ChatEncoder) -> None:
+def test_T10_overlong_rows_can_lose_the_start_of_the_prompt_but_never_the_answer(letters: ChatEncoder) -> None:
     rows = [pair("abcdefghij\n", "good", "longer answer"), pair("abc\n", "x" * 19, "y"), pair("ab\n", "z" * 30, "y")]
     config = DataConfig(min_length=2, max_length=20, overlong="truncate_prompt")
     data = PreferenceDataset.from_rows(rows, letters, config)

@@ -75,7 +75,7 @@ def assert_same_answers(one: Trajectory, other: Trajectory) -> None:
 # ---------------------------------------------------------------- forward passes
 
 
-def test_a_row_alone_equals_the_row_in_a_padded_batch(backbone: Backbone) -> None:
+def test_T1_a_row_alone_equals_the_row_in_a_padded_batch(backbone: Backbone) -> None:
     batch = prompt_batch(backbone, PROMPTS)
     left = backbone.hidden(batch.input_ids_BP, batch.attention_mask_BP)
     right_ids, right_mask = batch.input_ids_BP.flip(1), batch.attention_mask_BP.flip(1)
@@ -95,7 +95,7 @@ def test_hidden_states_and_head_are_the_models_own(backbone: Backbone) -> None:
         torch.testing.assert_close(backbone.logits(backbone.hidden(ids)), expected)
 
 
-def test_logprobs_of_a_row_do_not_depend_on_its_neighbours(backbone: Backbone) -> None:
+def test_T1_logprobs_of_a_row_do_not_depend_on_its_neighbours(backbone: Backbone) -> None:
     policy = with_critic(backbone)
     long_rows = [prompt for prompt in PROMPTS if len(prompt) > 1]
     batch = prompt_batch(backbone, long_rows)
@@ -117,7 +117,7 @@ def test_the_first_token_cannot_be_an_action(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
-def test_dropout_in_the_configuration_never_acts(family: Family) -> None:
+def test_P2_dropout_in_the_configuration_never_acts(family: Family) -> None:
     backbone = tiny_backbone(family, dropout=0.5)
     backbone.train()
     ids = torch.tensor([PROMPTS[0]])
@@ -202,7 +202,7 @@ def test_merged_weights_give_the_same_and_are_put_back_bit_for_bit() -> None:
     assert torch.equal(backbone.hidden(ids), bare)
 
 
-def test_kl_to_the_reference_is_exactly_zero_before_training(backbone: Backbone) -> None:
+def test_P8_kl_to_the_reference_is_exactly_zero_before_training(backbone: Backbone) -> None:
     if "sft" not in backbone.adapter_names:
         add_trained_adapter(backbone, "sft", seed=8)
         backbone.copy_adapter("sft", "start")
@@ -241,7 +241,7 @@ def test_training_the_policy_moves_no_other_adapter() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("head", ["linear", "mlp"])
-def test_kept_logprobs_and_values_equal_a_forward_pass(backbone: Backbone, temperature: float, head: str) -> None:
+def test_P1_P3_kept_logprobs_and_values_equal_a_forward_pass(backbone: Backbone, temperature: float, head: str) -> None:
     policy = with_critic(backbone, head)
     trajectory = sampled(policy, GenerationConfig(max_new_tokens=10, temperature=temperature, batch_size=4))
     with torch.no_grad():
@@ -354,7 +354,7 @@ def ids_of(backbone: Backbone, text: str) -> list[int]:
     return list(backbone.tokenizer(text)["input_ids"])
 
 
-def test_masks_end_with_the_stop_token_and_a_cut_off_answer_is_unfinished(
+def test_T5_masks_end_with_the_stop_token_and_a_cut_off_answer_is_unfinished(
     backbones: dict[str, Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoding, "LEAVE_SHARE", 2.0)
@@ -373,7 +373,7 @@ def test_an_answer_that_ends_on_the_last_token_is_finished(backbones: dict[str, 
     assert scripted(backbones["qwen2"], [answer], 3, GenerationConfig(max_new_tokens=3)).finished_N.tolist() == [True]
 
 
-def test_stop_tokens_inside_the_prompt_end_nothing(backbone: Backbone) -> None:
+def test_T4_stop_tokens_inside_the_prompt_end_nothing(backbone: Backbone) -> None:
     end = backbone.tokenizer.eos_token_id
     prompts = [[end, 5, end], [7, end], [end]]
     policy = with_critic(backbone)
@@ -453,7 +453,7 @@ def test_top_p_and_top_k_against_a_loop(top_p: float, top_k: int) -> None:
             assert abs(int(counts[token]) - 400 * p[token] / mass) <= 1
 
 
-def test_truncated_mass_is_the_mean_over_sampled_tokens(backbones: dict[str, Backbone]) -> None:
+def test_P4_truncated_mass_is_the_mean_over_sampled_tokens(backbones: dict[str, Backbone]) -> None:
     policy = with_critic(backbones["qwen2"])
     assert sampled(policy, GenerationConfig(max_new_tokens=5)).truncated_mass == pytest.approx(0, abs=1e-6)
     trajectory = sampled(policy, GenerationConfig(max_new_tokens=5, top_k=2, batch_size=4))

@@ -67,7 +67,7 @@ def right_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
-def test_a_score_depends_on_its_row_alone(family: Family, pooling: Pooling) -> None:
+def test_V8_a_score_depends_on_its_row_alone(family: Family, pooling: Pooling) -> None:
     # GPT-2's tokenizer has no pad token: end-of-sequence pads, and rows that really end with it must not lose it.
     backbone = tiny_backbone(family, separate_pad=family == "qwen2")
     end, pad = backbone.tokenizer.eos_token_id, backbone.tokenizer.pad_token_id
@@ -119,7 +119,7 @@ def test_only_what_is_said_trains() -> None:
 
 @pytest.mark.parametrize("train", ["lora", "full", "frozen"])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_scores_survive_saving(base: Path, tmp_path: Path, train: str, pooling: Pooling) -> None:
+def test_V9_scores_survive_saving(base: Path, tmp_path: Path, train: str, pooling: Pooling) -> None:
     model = RewardModel(load_base(base, train), None if train == "frozen" else "reward", pooling, train, SMALL)
     moved(model)
     model.scale = ScoreScale(0.5, 2.0)
@@ -134,7 +134,7 @@ def test_scores_survive_saving(base: Path, tmp_path: Path, train: str, pooling: 
     assert not any(parameter.requires_grad for parameter in alone.parameters())
 
 
-def test_scores_survive_on_a_shared_backbone_and_leave_it_as_it_was(base: Path, tmp_path: Path) -> None:
+def test_V9_scores_survive_on_a_shared_backbone_and_leave_it_as_it_was(base: Path, tmp_path: Path) -> None:
     trained = RewardModel(load_base(base), model_config=SMALL)
     moved(trained)
     trained.save(tmp_path)
@@ -186,13 +186,13 @@ def test_a_base_that_trains_is_not_shared(base: Path, tmp_path: Path) -> None:
         assert torch.equal(model(ids, mask), trained(ids, mask))
 
 
-def test_the_adapter_is_pefts_sequence_classification(base: Path, tmp_path: Path) -> None:
+def test_C6_the_adapter_is_pefts_sequence_classification(base: Path, tmp_path: Path) -> None:
     RewardModel(load_base(base), model_config=SMALL).save(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
 
 
-def test_a_missing_head_or_description_is_refused(base: Path, tmp_path: Path) -> None:
+def test_V9_C6_a_missing_head_or_description_is_refused(base: Path, tmp_path: Path) -> None:
     RewardModel(load_base(base), model_config=SMALL).save(tmp_path)
     (tmp_path / "reward_head.safetensors").unlink()
     shared = load_base(base)
@@ -232,7 +232,7 @@ def save_classifier(folder: Path, num_labels: int, *, separate_pad: bool = True)
 
 
 @pytest.mark.parametrize("separate_pad", [True, False])
-def test_a_hub_classifier_serves_as_a_reward_model(tmp_path: Path, separate_pad: bool) -> None:
+def test_V8_a_hub_classifier_serves_as_a_reward_model(tmp_path: Path, separate_pad: bool) -> None:
     original = save_classifier(tmp_path, 1, separate_pad=separate_pad)
     model = load_reward_model(str(tmp_path))
     assert isinstance(model, ClassifierReward)

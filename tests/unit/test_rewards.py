@@ -274,7 +274,7 @@ def test_normalising_comes_before_clipping_and_clipping_before_penalties() -> No
     assert everything[2] == pytest.approx(0.7 - 2.0)  # the penalty is not clipped away
 
 
-def test_scores_are_normalised_by_all_scores_so_far() -> None:
+def test_V6_scores_are_normalised_by_all_scores_so_far() -> None:
     moments, earlier = RunningMoments(), [5.0, 7.0, 9.0]
     shaped(earlier, {"normalise": True}, moments)
     now = [1.0, 2.0, 3.0]
@@ -317,7 +317,7 @@ def test_shaping_metrics() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_token_rewards_charge_the_kl_and_pay_the_score_at_the_end(estimator: str) -> None:
+def test_V1_token_rewards_charge_the_kl_and_pay_the_score_at_the_end(estimator: str) -> None:
     lengths = [2, 5, 1]
     trajectory, scores = trajectory_of(lengths, [True, False, True]), torch.tensor([1.0, -2.0, 0.5])
     reference = torch.where(trajectory.response_mask_BR, trajectory.logprobs_BR - 0.3, 0.0)
@@ -329,7 +329,7 @@ def test_token_rewards_charge_the_kl_and_pay_the_score_at_the_end(estimator: str
             assert float(rewards[row, t]) == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_padding_width_changes_no_token_reward() -> None:
+def test_V1_the_padding_width_changes_no_token_reward() -> None:
     scores = torch.tensor([1.0, -2.0, 0.5])
     narrow, wide = (trajectory_of([2, 5, 1], [True, False, True], width) for width in (5, 12))
 
@@ -363,7 +363,7 @@ def score_alone(model: RewardModel, ids: list[int]) -> float:
     return (float(model(torch.tensor([ids]))) - 0.25) / 2.0
 
 
-def test_sampled_ids_are_scored_where_the_tokenizer_is_the_same(model: RewardModel) -> None:
+def test_T7_sampled_ids_are_scored_where_the_tokenizer_is_the_same(model: RewardModel) -> None:
     reward = LearnedReward(model, word_tokenizer(), max_batch_tokens=20)
     assert reward.by_ids
     prompts, answers = random_prompts(6), random_prompts(6, seed=1)
@@ -373,7 +373,7 @@ def test_sampled_ids_are_scored_where_the_tokenizer_is_the_same(model: RewardMod
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_text_goes_through_the_reward_models_own_tokenizer_otherwise(model: RewardModel) -> None:
+def test_C12_text_goes_through_the_reward_models_own_tokenizer_otherwise(model: RewardModel) -> None:
     other = word_tokenizer(separate_pad=False)
     assert not same_tokenizer(other, model.tokenizer)
     reward = LearnedReward(model, other)
@@ -389,7 +389,7 @@ def test_text_goes_through_the_reward_models_own_tokenizer_otherwise(model: Rewa
     assert LearnedReward(model)(prompts, answers) == pytest.approx(expected, abs=1e-5)
 
 
-def test_by_ids_and_by_text_agree_on_finished_answers(model: RewardModel) -> None:
+def test_C12_by_ids_and_by_text_agree_on_finished_answers(model: RewardModel) -> None:
     encoder, prompts, answers = ChatEncoder(word_tokenizer()), ["the cat is", "a dog"], ["red", "not very big"]
     by_ids = LearnedReward(model, word_tokenizer())(
         prompts,

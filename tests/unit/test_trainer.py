@@ -35,7 +35,7 @@ def squared(model: nn.Module, count: int = 12) -> Callable[[Tensor], LossOutput]
 
 
 @pytest.mark.parametrize("cut", [[3, 3, 3, 3], [1, 11], [5, 4, 3]])
-def test_gradients_do_not_depend_on_the_micro_batches(cut: list[int]) -> None:
+def test_O1_gradients_do_not_depend_on_the_micro_batches(cut: list[int]) -> None:
     whole, parts = small_model(), small_model()
     one = trainer_of(whole, max_grad_norm=1e9).step([rows()], squared(whole))
     four = trainer_of(parts, max_grad_norm=1e9).step(rows().split(cut), squared(parts))
@@ -81,7 +81,7 @@ def rates(num_steps: int, **settings: float | str) -> list[float]:
     return [trainer.step([rows()], squared(model)).learning_rate for _ in range(num_steps)]
 
 
-def test_learning_rate_schedules_follow_their_formula() -> None:
+def test_O2_learning_rate_schedules_follow_their_formula() -> None:
     assert rates(5) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     assert rates(8, warmup_ratio=0.25) == pytest.approx([0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert rates(4, lr_scheduler_type="constant") == [1.0] * 4

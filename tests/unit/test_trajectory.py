@@ -48,7 +48,7 @@ def test_columns_of_a_trajectory() -> None:
     assert trajectory.responses() == [[11, 12, 1], [13, 14, 15, 16], [1]]
 
 
-def test_scores_are_paid_on_the_last_token_and_only_finished_answers_are_done() -> None:
+def test_V1_scores_are_paid_on_the_last_token_and_only_finished_answers_are_done() -> None:
     no = [False] * 4
     last = [[False, False, True, False], [False, False, False, True], [True, False, False, False]]
     assert small().last_token_BR.tolist() == last
