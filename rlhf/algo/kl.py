@@ -6,7 +6,7 @@ Sign: `log_ratio` is log pi(token) - log pi_ref(token) on tokens sampled from pi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -57,6 +57,16 @@ class KLConfig(Config):
     controller: Literal["fixed", "adaptive"] = Field("fixed", description="whether beta follows a target KL")
     target: float = Field(6.0, gt=0, description="adaptive: nats per response that beta steers to")
     horizon: float = Field(10_000.0, gt=0, description="adaptive: responses over which beta may change by about 20 %")
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        if self.coefficient == 0:
+            reason = "kl.coefficient is 0, and an adaptive controller only multiplies it"
+            names = ["estimator", "target", "horizon"] + (["controller"] if self.controller == "adaptive" else [])
+            return dict.fromkeys(names, reason)
+        if self.controller == "fixed":
+            return dict.fromkeys(["target", "horizon"], "kl.controller is fixed")
+        return {}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,12 @@ class OptimizerConfig(Config):
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of the steps over which the rate rises from 0")
     max_nonfinite_steps: int = Field(5, ge=1, description="skipped steps in a row after which the run stops")
 
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        if self.lr_scheduler_type == "constant" and self.warmup_ratio > 0:
+            return {"warmup_ratio": "lr_scheduler_type is constant; take constant_with_warmup"}
+        return {}
+
 
 @dataclass(frozen=True)
 class LossOutput:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from rlhf.data.reading import data_files
+from rlhf.data.reading import DATA_SUFFIXES, data_files
 from rlhf.infra.config import Config
 
 TINYCHAT = "tinychat"
@@ -52,14 +52,36 @@ class SourceConfig(Config):
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
         idle: dict[str, str] = {}
+        if self.train_files:
+            idle["name"] = "train_files names the training data"
         if self.validation_files:
             idle["validation_fraction"] = "validation_files names the validation data"
+            if _are_files(self.validation_files):
+                idle["validation_split"] = "validation_files names single files"
         elif self.validation_split is not None:
             idle["validation_fraction"] = "validation_split names the validation data"
+        if not self.has_validation:
+            idle["max_validation_samples"] = "no validation data are asked for"
         if self.is_tinychat:
             reason = "the built-in world tinychat has none; name data.train_files or data.name"
-            idle |= {"split": reason, "validation_split": reason, "data_dir": reason, "columns": reason}
+            idle |= dict.fromkeys(["split", "validation_split", "data_dir", "columns", "hh_as_messages"], reason)
+            if self.validation_fraction > 0:
+                reason = "the built-in world has validation rows of its own (0 leaves them out)"
+                idle = {"validation_fraction": reason} | idle
+            return idle
+        if _are_files(self.source):
+            idle["split"] = "train_files names single files"
+            if _are_files(self.validation_files):
+                idle["data_dir"] = "nothing is read from a hub"
+        cuts = self.validation_fraction > 0 and "validation_fraction" not in idle
+        if not cuts and self.max_samples is None and (self.max_validation_samples is None or not self.has_validation):
+            idle["split_seed"] = "no rows are held back or drawn"
         return idle
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are rows to validate on."""
+        return bool(self.validation_files) or self.validation_split is not None or self.validation_fraction > 0
 
     @property
     def is_tinychat(self) -> bool:
@@ -92,6 +114,12 @@ class DataConfig(SourceConfig):
         default="drop", description="what happens above max_length: drop the row, or cut the prompt's beginning off"
     )
 
+    @model_validator(mode="after")
+    def _some_length_is_kept(self) -> DataConfig:
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length {self.min_length} is more than max_length {self.max_length}: no row is kept")
+        return self
+
 
 class InstructionDataConfig(DataConfig):
     """Rows to imitate, and which of their tokens are trained."""
@@ -100,8 +128,20 @@ class InstructionDataConfig(DataConfig):
         default="all", description="every assistant turn, the last one, or every token (pretraining)"
     )
 
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        idle = dict(super().idle_keys())
+        if self.train_on == "every_token":
+            idle["overlong"] = "train_on is every_token, which cuts long texts into pieces"
+        return idle
+
 
 class PromptDataConfig(SourceConfig):
     """Rows whose prompts are answered by the policy."""
 
     max_prompt_length: int = Field(default=256, ge=1, description="longest prompt kept, in tokens")
+
+
+def _are_files(names: tuple[str, ...]) -> bool:
+    """Whether every name is that of a data file or a pattern for such, and none that of a folder or a hub."""
+    return all(Path(name.removesuffix(".gz")).suffix.lower() in DATA_SUFFIXES for name in names)

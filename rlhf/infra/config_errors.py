@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -25,6 +25,15 @@ def known_keys(cls: type[BaseModel]) -> dict[str, FieldInfo]:
         for section in _sections_in(field.annotation):
             found |= {f"{name}.{key}": below for key, below in known_keys(section).items()}
     return found
+
+
+def accepts_null(field: FieldInfo) -> bool:
+    """Whether null is a value of this key."""
+    try:
+        TypeAdapter[Any](_annotation(field)).validate_python(None)
+    except ValidationError:
+        return False
+    return True
 
 
 def explain(cls: type[BaseModel], error: ValidationError) -> str:
@@ -74,6 +83,10 @@ def _sentence(key: str, problems: Sequence[ErrorDetails], fields: Mapping[str, F
     known = fields.get(key)
     hints = [hint for hint in (_allowed_range(known), known.description) if hint] if known else []
     return f"config key '{key}': got {first['input']!r}, {said}" + (f" ({'; '.join(hints)})" if hints else "")
+
+
+def _annotation(field: FieldInfo) -> Any:
+    return field.annotation
 
 
 def _allowed_range(field: FieldInfo) -> str:

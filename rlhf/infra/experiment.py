@@ -62,6 +62,12 @@ class RunConfig(Config):
     wandb: bool = Field(False, description="also log to Weights & Biases (extra 'wandb')")
     overwrite: bool = Field(False, description="replace an existing run of the same name")
 
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        if self.overwrite and self.name is None:
+            return {"overwrite": "without run.name the run gets a folder that is not there yet"}
+        return {}
+
 
 class Run:
     """A run in progress; use it as a context manager, which catches Ctrl-C and records how the run ended.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,32 @@ from rlhf.infra.errors import UserError
 
 EXTENDS = "extends"
 SET_BY_USER = "set_by_user"
+INHERITED = "inherited"
 
 
 @dataclass(frozen=True)
 class YamlFile:
-    """Values of a config file on top of the one it extends, and the dotted keys that the file itself set."""
+    """Values of a config file on top of the one it extends, and the dotted keys that each of the two set."""
 
     tree: dict[str, Any]
     set_keys: frozenset[str]
+    inherited_keys: frozenset[str] = frozenset()
 
 
 def read_yaml_file(path: Path) -> YamlFile:
     """Read a config file and, one level deep, the file that its `extends` names relative to it.
 
-    A file written by `config.to_yaml` lists under `set_by_user` which of its keys a person chose; in any other file
-    that is all of them. Raises `UserError` when it is unreadable, not YAML, or not a mapping.
+    A file written by `config.to_yaml` lists under `set_by_user` which of its keys a person chose, and under `inherited`
+    which an extended file had; in any other file all were chosen. Raises `UserError` when it is unreadable, not YAML,
+    or not a mapping.
     """
     tree = _read_mapping(path)
-    listed = tree.pop(SET_BY_USER, None)
+    listed, listed_as_inherited = tree.pop(SET_BY_USER, None), tree.pop(INHERITED, None)
     base_name = tree.pop(EXTENDS, None)
     set_keys = frozenset(map(str, listed)) if isinstance(listed, list) else frozenset(leaf_keys(tree))
+    inherited = set(map(str, listed_as_inherited)) if isinstance(listed_as_inherited, list) else set()
     if base_name is None:
-        return YamlFile(tree, set_keys)
+        return YamlFile(tree, set_keys, frozenset(inherited))
     base_path = path.parent / str(base_name)
     if not base_path.is_file():
         raise UserError(f"'{path}' extends '{base_name}', but the file '{base_path}' does not exist")
@@ -45,8 +49,12 @@ def read_yaml_file(path: Path) -> YamlFile:
             f"'{path}' extends '{base_path}', which extends '{base[EXTENDS]}'; "
             "only one level is allowed, so extend the last one or copy its keys"
         )
-    base.pop(SET_BY_USER, None)
-    return YamlFile(merged(base, tree), set_keys)
+    for listing in (SET_BY_USER, INHERITED):
+        base.pop(listing, None)
+    inherited = leaf_keys(base)
+    for key in leaf_keys(tree):
+        inherited = without_key(inherited, key)
+    return YamlFile(merged(base, tree), set_keys, frozenset(inherited))
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -86,6 +94,21 @@ def put(tree: dict[str, Any], key: str, value: Any) -> None:
         node[last] = merged(node[last], value)
     else:
         node[last] = value
+
+
+def remove(tree: dict[str, Any], key: str) -> None:
+    """Take a dotted key out, in place; nothing happens when it is not there."""
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node.get(part) if isinstance(node, dict) else None
+    if isinstance(node, dict):
+        node.pop(last, None)
+
+
+def without_key(keys: Collection[str], key: str) -> set[str]:
+    """The dotted keys without this one and everything below it."""
+    return {other for other in keys if other != key and not other.startswith(f"{key}.")}
 
 
 def leaf_keys(tree: Mapping[str, Any], prefix: str = "") -> set[str]:

@@ -7,7 +7,7 @@ a few small ones. Legend: B sequences, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -31,7 +31,7 @@ from rlhf.data.chat import prepare_tokenizer
 from rlhf.infra.config import Config
 from rlhf.infra.device import autocast, torch_dtype
 from rlhf.infra.errors import UserError
-from rlhf.models.adapter_files import load_adapter
+from rlhf.models.adapter_files import TaskType, check_task_type, load_adapter
 from rlhf.models.lora import (
     LoRAConfig,
     adapter_names,
@@ -56,6 +56,10 @@ class ModelConfig(Config):
     train: Literal["lora", "full"] = Field("lora", description="adapters on a frozen base, or every weight")
     lora: LoRAConfig = Field(default_factory=LoRAConfig, description="shape and place of the adapters")
     attn_implementation: str | None = Field(None, description="as in transformers; null picks its default")
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        return {"lora": "every weight trains, so there is no adapter"} if self.train == "full" else {}
 
 
 class Backbone(nn.Module):
@@ -114,12 +118,13 @@ class Backbone(nn.Module):
         )
         set_active_adapter(self.model, self._in_use)
 
-    def load_adapter(self, folder: str | Path, name: str) -> None:
+    def load_adapter(self, folder: str | Path, name: str, task_type: TaskType = "CAUSAL_LM") -> None:
         """Put the adapter saved in a folder beside those that are there, frozen; what is in use stays in use.
 
         Raises:
-            UserError: the folder holds no adapter for this base, or the name is taken.
+            UserError: the folder holds no adapter for this base, one trained for another task, or the name is taken.
         """
+        check_task_type(folder, task_type)
         load_adapter(self.model, folder, name)
         set_active_adapter(self.model, self._in_use)
 

@@ -9,7 +9,7 @@ Legend: N rows, P prompt columns (left-padded), R response columns (right-padded
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,13 @@ class GenerationConfig(Config):
         description="fp32 bases: fold the adapter into (a copy of) the weights while sampling; faster, equal to 1e-6",
     )
     batch_size: int = Field(256, ge=1, description="rows generated at once")
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        if self.temperature > 0:
+            return {}
+        cutting = {"top_p": self.top_p < 1, "top_k": self.top_k > 0}
+        return {name: "temperature is 0, which takes the likeliest token" for name, is_on in cutting.items() if is_on}
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,6 +42,20 @@ class DPOConfig(Config):
     beta: float = Field(0.1, gt=0, description="strength of the pull towards the reference")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="length and batches")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
+
+    @model_validator(mode="after")
+    def _policy_has_weights(self) -> DPOConfig:
+        if self.model.random_init:
+            raise ValueError("model.random_init: DPO starts from a policy that has learnt to answer; train it first")
+        return self
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        idle = {} if self.data.has_validation else self.training.idle_keys_without_validation()
+        idle["model.name_or_path"] = "`policy` names the model"
+        if self.model.lora.lora_dropout > 0:
+            idle["model.lora.lora_dropout"] = "dropout acts in SFT and reward modelling only"
+        return idle
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf.data.chat import ChatEncoder
 from rlhf.data.data_config import PromptDataConfig, SourceConfig
@@ -67,6 +67,41 @@ class EvaluateConfig(Config):
     )
     histories: dict[str, str] = Field(default={}, description="runs whose training curves are shown: {title: run}")
     title: str = Field("Evaluation report", description="heading of the report")
+
+    @model_validator(mode="after")
+    def _models_have_weights(self) -> EvaluateConfig:
+        if self.model.random_init:
+            raise ValueError("model.random_init: an evaluation compares trained weights, not new random ones")
+        return self
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        in_one_piece, names_them = "an evaluation runs in one piece", "`models` names them"
+        idle = dict.fromkeys(["run.max_minutes", "run.save_every_steps", "run.keep_checkpoints"], in_one_piece)
+        idle |= {"model.name_or_path": names_them, "model.train": "nothing trains", "model.lora": "nothing trains"}
+        if self.reference is not None and self.reference not in self.models:
+            idle["reference"] = f"`models` has only {', '.join(self.models)}"
+        if self.reward_model is None:
+            idle["num_reward_pairs"] = "reward_model is null"
+        if self.run.dtype != "fp32":
+            idle["generation.merge_adapter"] = f"run.dtype is {self.run.dtype}, and only fp32 weights are merged"
+        return idle | self._idle_with_data()
+
+    def _idle_with_data(self) -> dict[str, str]:
+        """The built-in world is asked through `suite`, other data through `data`."""
+        if self.data.is_tinychat:
+            reason = "the prompts of the built-in world are chosen in `suite`; name data.train_files or data.name"
+            names = ["max_samples", "max_validation_samples", "max_prompt_length", "split_seed"]
+            return dict.fromkeys(
+                [f"data.{name}" for name in [*names, "validation_files", "validation_fraction"]], reason
+            )
+        names = ["suite.num_ood", "suite.num_probes", "suite.seed"]
+        idle = dict.fromkeys(names, "the data are not the built-in world")
+        if self.data.has_validation:
+            idle["data.max_samples"] = "the prompts are those of the validation side"
+        else:
+            idle["num_reward_pairs"] = "data has no validation side to take pairs from"
+        return idle
 
 
 @dataclass(frozen=True)

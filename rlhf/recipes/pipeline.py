@@ -17,7 +17,7 @@ from pydantic import Field
 from rlhf.data.data_config import SourceConfig
 from rlhf.data.tinychat import LabellerConfig, preference_pairs, prompt_rows
 from rlhf.eval.report import ReportPaths
-from rlhf.infra.config import Config, explicit_keys
+from rlhf.infra.config import Config, explicit_keys, given_keys
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.infra.interrupt import Stopped
 from rlhf.infra.run_folder import RUN_INFO, read_run_info
@@ -30,6 +30,10 @@ from rlhf.recipes.reward import RewardConfig, run_reward
 from rlhf.recipes.sft import SFTConfig, run_sft
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+SOURCE_KEYS = (
+    *("name", "train_files", "validation_files", "split", "validation_split", "data_dir", "columns"),
+    *("validation_fraction", "hh_as_messages"),
+)
 
 
 class WorldConfig(Config):
@@ -57,6 +61,68 @@ class PipelineConfig(Config):
     )
     ppo: PPOConfig | None = Field(default_factory=PPOConfig, description="PPO against the reward model; null: left out")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="the comparison and its report")
+
+    def in_effect(self) -> PipelineConfig:
+        """Every stage with the run, the data and the predecessors that the pipeline gives it."""
+        update: dict[str, Any] = {}
+        for name, stage in self._stages().items():
+            changes: dict[str, Any] = {"run": self.run}
+            if self.data is not None:
+                shared = {key: value for key, value in self.data if key in given_keys(self.data)}
+                changes["data"] = stage.data.model_copy(update=shared)
+            elif name != "evaluate":
+                files = {"train_files": ("world.jsonl",), "validation_files": ("world_validation.jsonl",)}
+                changes["data"] = stage.data.model_copy(update=files)
+            update[name] = stage.model_copy(update=changes)
+        models = ["base", "sft", *(name for name in ("dpo", "ppo") if name in update)]
+        update["evaluate"] = update["evaluate"].model_copy(
+            update={"models": dict.fromkeys(models, ""), "reward_model": "reward"}
+        )
+        return self.model_copy(update=update)
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        idle = {} if self.data is None else {"world": "data names the rows"}
+        for name in self._stages():
+            idle[f"{name}.run"] = "the pipeline's own section `run` holds for every stage"
+            idle |= self._idle_data_keys(name)
+        if self.data is None:
+            idle["reward.use_margin"] = "pairs of the built-in world have no margins"
+        if self.pretrain is not None:
+            idle["sft.model.name_or_path"] = "`pretrain` makes the base model"
+        idle |= dict.fromkeys(["dpo.policy", "ppo.policy"], "the SFT stage makes the policy")
+        compared = ["evaluate.models", "evaluate.reward_model", "evaluate.histories"]
+        return idle | dict.fromkeys(compared, "it compares the stages of the pipeline") | self._idle_adapter_keys()
+
+    def _idle_data_keys(self, stage: str) -> dict[str, str]:
+        """Sources of one stage that the pipeline's data, or the built-in world, stand before."""
+        if self.data is not None:
+            names, reason = given_keys(self.data), "the pipeline's own section `data` says it for every stage"
+        elif stage != "evaluate":
+            names = SOURCE_KEYS
+            reason = "every stage reads the built-in world; name other rows in the pipeline's own section `data`"
+        else:
+            return {}
+        return {f"{stage}.data.{name}": reason for name in names}
+
+    def _idle_adapter_keys(self) -> dict[str, str]:
+        """Shapes that differ from the SFT adapter's, of which later stages train a copy."""
+        if self.sft.model.train == "full":
+            return {}
+        copies = {"dpo": self.dpo, "ppo": self.ppo}
+        copies |= {"reward": self.reward} if "backbone" not in given_keys(self.reward) else {}
+        return {
+            f"{name}.model.lora.{key}": f"the adapter is a copy of the SFT stage's, where it is {trained}"
+            for name, stage in copies.items()
+            if stage is not None
+            for (key, value), (_, trained) in zip(stage.model.lora, self.sft.model.lora, strict=True)
+            # No dropout is a choice of its own.
+            if value != trained and not (key == "lora_dropout" and value == 0)
+        }
+
+    def _stages(self) -> dict[str, Any]:
+        stages = {"pretrain": self.pretrain, "sft": self.sft, "reward": self.reward, "dpo": self.dpo, "ppo": self.ppo}
+        return {name: stage for name, stage in stages.items() if stage is not None} | {"evaluate": self.evaluate}
 
 
 def run_pipeline(config: PipelineConfig, resume: Path | None = None) -> tuple[Run, ReportPaths | None]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf.algo.kl import KLConfig
 from rlhf.algo.trainer import OptimizerConfig
@@ -46,6 +47,24 @@ class PPOSettings(Config):
     value_head: Literal["linear", "mlp"] = Field("linear", description="the critic's last layers")
     value_adapter: bool = Field(False, description="an adapter of the critic's own instead of the policy's trunk")
 
+    @model_validator(mode="after")
+    def _mini_batches_have_rows(self) -> PPOSettings:
+        if self.num_mini_batches > self.rollout_batch_size:
+            raise ValueError(
+                f"ppo.num_mini_batches is {self.num_mini_batches}, but a rollout has only {self.rollout_batch_size} "
+                "rows; use at most that many"
+            )
+        return self
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        if self.vf_coef > 0:
+            return {}
+        reason = "vf_coef is 0, so the critic learns nothing and stays at 0"
+        switches = {"value_adapter": self.value_adapter, "bootstrap_truncated": self.bootstrap_truncated}
+        names = ["clip_range_value", "value_head", *(name for name, is_on in switches.items() if is_on)]
+        return dict.fromkeys(names, reason)
+
 
 class PPOConfig(Config):
     """`rlhf ppo`."""
@@ -67,6 +86,48 @@ class PPOConfig(Config):
     kl: KLConfig = Field(default_factory=KLConfig, description="the price of leaving the reference")
     shaping: ShapingConfig = Field(default_factory=ShapingConfig, description="from score to reward")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
+
+    @model_validator(mode="after")
+    def _policy_has_weights(self) -> PPOConfig:
+        if self.model.random_init:
+            raise ValueError("model.random_init: PPO starts from a policy that has learnt to answer; train it first")
+        return self
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        idle = {
+            "model.name_or_path": "`policy` names the model",
+            "data.max_validation_samples": "PPO validates on nothing; prompts held back are left out",
+        }
+        if self.model.lora.lora_dropout > 0:
+            idle["model.lora.lora_dropout"] = "dropout acts in SFT and reward modelling only"
+        if all(term.name != "model" for term in self.rewards):
+            idle["reward_model"] = "no term of `rewards` is called model"
+        if self.model.train == "full":
+            idle["generation.merge_adapter"] = "model.train is full, so there is no adapter"
+            if self.ppo.value_adapter:
+                idle["ppo.value_adapter"] = "model.train is full, so there is no adapter"
+        return idle | self._idle_in_rollouts() | self._idle_in_updates()
+
+    def _idle_in_rollouts(self) -> dict[str, str]:
+        idle = {}
+        if self.run.dtype != "fp32":
+            idle["generation.merge_adapter"] = f"run.dtype is {self.run.dtype}, and only fp32 weights are merged"
+        longest, budget = self.generation.max_new_tokens, self.shaping.length_budget
+        if budget is not None and budget >= longest:
+            reason = f"no answer is longer than generation.max_new_tokens, {longest}"
+            idle |= dict.fromkeys(["shaping.length_budget", "shaping.length_penalty"], reason)
+        return idle
+
+    def _idle_in_updates(self) -> dict[str, str]:
+        is_only_one = self.ppo.num_ppo_epochs * self.ppo.num_mini_batches == 1
+        # In half precision the rounding of training differs from that of sampling, and clipping sees it.
+        is_exact = self.run.dtype == "fp32" or self.ppo.recompute_logprobs
+        if not is_only_one:
+            return {}
+        reason = "there is one update per rollout, at which policy and critic are still those that sampled"
+        bounds = ["clip_range", "clip_range_high", "clip_range_value"] if is_exact else []
+        return dict.fromkeys([f"ppo.{name}" for name in ["target_kl", *bounds]], reason)
 
     @property
     def num_optimizer_steps(self) -> int:

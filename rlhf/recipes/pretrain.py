@@ -5,12 +5,12 @@ The loop is that of SFT with the loss on every token and every weight in trainin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -50,11 +50,28 @@ class ArchitectureConfig(Config):
     tokenizer: str | None = Field(None, description="use this tokenizer instead of training one")
     attn_implementation: str | None = Field(None, description="as in transformers; null picks its default")
 
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> ArchitectureConfig:
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+                f"{self.num_attention_heads}, and that of num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        return {} if self.tokenizer is None else {"vocab_size": "architecture.tokenizer brings its vocabulary"}
+
 
 class PretrainDataConfig(InstructionDataConfig):
     """Texts of which every token is learnt."""
 
     train_on: Literal["every_token"] = Field("every_token", description="fixed: pre-training learns from every token")
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        return dict(super().idle_keys()) | {"system_prompt": "pre-training reads prompts as they stand in the data"}
 
 
 class PretrainConfig(Config):
@@ -66,6 +83,19 @@ class PretrainConfig(Config):
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="length and batches")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
     packing: bool = Field(True, description="several texts in one row of data.max_length tokens")
+
+    @model_validator(mode="after")
+    def _rows_fit_the_context(self) -> PretrainConfig:
+        if self.data.max_length > self.architecture.max_position_embeddings:
+            raise ValueError(
+                f"data.max_length {self.data.max_length} is more than the context of the model, "
+                f"architecture.max_position_embeddings {self.architecture.max_position_embeddings}"
+            )
+        return self
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        return {} if self.data.has_validation else self.training.idle_keys_without_validation()
 
 
 def run_pretrain(config: PretrainConfig, resume: Path | None = None) -> Run:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rlhf.algo.reward_loss import bradley_terry_loss
@@ -40,6 +40,31 @@ class RewardConfig(Config):
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="length and batches")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
     use_margin: bool = Field(True, description="subtract a pair's margin, where the data has one, inside the sigmoid")
+
+    @model_validator(mode="after")
+    def _random_base_is_saved(self) -> RewardConfig:
+        if self.model.random_init and self.reward.train != "full":
+            raise ValueError(
+                f"model.random_init=true with reward.train={self.reward.train} saves a head without the random base "
+                "that it belongs to; use reward.train=full"
+            )
+        return self
+
+    def in_effect(self) -> RewardConfig:
+        """What trains is said in `reward`; `model.train` follows it."""
+        train = "full" if self.reward.train == "full" else "lora"
+        return self.model_copy(update={"model": self.model.model_copy(update={"train": train})})
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        idle = {} if self.data.has_validation else self.training.idle_keys_without_validation()
+        idle["model.name_or_path"] = "`backbone` names the model"
+        idle["model.train"] = "reward.train says what trains"
+        if self.reward.train != "lora":
+            idle["model.lora"] = f"reward.train is {self.reward.train}, so no adapter trains"
+        if self.data.is_tinychat:
+            idle["use_margin"] = "pairs of the built-in world have no margins"
+        return idle
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf.algo.trainer import OptimizerConfig, Trainer
 from rlhf.data.chat import ChatEncoder, TokenExample
@@ -34,6 +35,19 @@ class SFTConfig(Config):
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="length and batches")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
     packing: bool = Field(False, description="several examples in one row of data.max_length tokens")
+
+    @model_validator(mode="after")
+    def _random_base_is_saved(self) -> SFTConfig:
+        if self.model.random_init and self.model.train == "lora":
+            raise ValueError(
+                "model.random_init=true with model.train=lora saves an adapter without the random base that it "
+                "belongs to; use model.train=full"
+            )
+        return self
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        return {} if self.data.has_validation else self.training.idle_keys_without_validation()
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,12 @@ class TrainingConfig(Config):
     )
     logging_steps: int = Field(1, ge=1, description="optimizer steps per line of the log")
 
+    def idle_keys_without_validation(self) -> dict[str, str]:
+        """Idle keys of a recipe whose `data` has no rows to validate on, as the recipe names them."""
+        return dict.fromkeys(
+            ["training.eval_steps", "training.early_stopping_patience"], "data has no rows to validate on"
+        )
+
     @property
     def rows_per_step(self) -> int:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps

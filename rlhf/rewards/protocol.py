@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf.data.rows import Prompt
 from rlhf.infra.config import Config
@@ -38,6 +38,12 @@ class RewardTermConfig(Config):
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="settings of a rule, such as `text` of target_string"
     )
+
+    @model_validator(mode="after")
+    def _only_rules_take_arguments(self) -> RewardTermConfig:
+        if self.arguments and (self.name == "model" or ":" in self.name):
+            raise ValueError(f"the reward '{self.name}' takes no arguments, only rules do; got {self.arguments}")
+        return self
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ class ShapingConfig(Config):
     refusal_penalty: float = Field(0.0, ge=0, description="subtracted where the refusal detector fires")
 
     def idle_keys(self) -> dict[str, str]:
-        idle = {}
+        """See `Config.idle_keys`."""
         if self.length_budget is None:
-            idle["length_penalty"] = "length_budget is null, so no token is beyond it"
-        return idle
+            return {"length_penalty": "length_budget is null, so no token is beyond it"}
+        return {"length_budget": "length_penalty is 0"} if self.length_penalty == 0 else {}
 
 
 @dataclass

@@ -35,7 +35,8 @@ def test_every_stage_of_the_gpt2_recipe_runs(tmp_path: Path, gpt2: Path, shared_
     settings += ["evaluate.suite.num_heldout=4", "evaluate.generation.max_new_tokens=8", "evaluate.num_reward_pairs=4"]
     settings += ["evaluate.data.max_prompt_length=96"]
     data = [f"data.train_files=[{shared_data}/hh_rlhf/train.jsonl.gz]"]
-    data += [f"data.validation_files=[{shared_data}/hh_rlhf/val.jsonl.gz]", "data.name=null", "data.data_dir=null"]
+    data += [f"data.validation_files=[{shared_data}/hh_rlhf/val.jsonl.gz]"]
+    data += [f"data.{key}=null" for key in ("name", "data_dir", "validation_split")]
     model = [f"sft.model.name_or_path={gpt2}", f"run.output_dir={tmp_path}"]
     assert rlhf("pipeline", "--config", "hh_gpt2.yaml", *data, *model, *settings) == 0
     run = tmp_path / "hh_gpt2"

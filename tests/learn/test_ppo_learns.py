@@ -58,7 +58,7 @@ def prompt_file(write_rows: WriteRows) -> Path:
     "more",
     [
         (),
-        ("model.train=full", "optimizer.learning_rate=0.003"),
+        ("model.train=full", "model.lora=null", "optimizer.learning_rate=0.003"),
         ("ppo.value_adapter=true", "ppo.value_head=mlp", "ppo.num_mini_batches=2", "ppo.num_ppo_epochs=2"),
     ],
     ids=["lora", "full", "own_critic"],
@@ -239,6 +239,7 @@ def test_a_reward_model_is_followed_and_neither_it_nor_the_reference_moves(
     monkeypatch.setattr(PPO, "train", train_and_look)
     rate = "optimizer.learning_rate=0.003" if train == "full" else "optimizer.learning_rate=0.02"
     more = ("ppo.num_iterations=8", "kl.coefficient=0.01", f"model.train={train}", rate)
+    more += ("model.lora=null",) if train == "full" else ()
     run = run_ppo(ppo_config(tmp_path, prompt_file, "ppo", *trained_parts, *more))
     rewards = column(run.folder, "reward/mean")
     assert mean(rewards[-2:]) > rewards[0] + 0.3
@@ -250,7 +251,9 @@ def test_a_reward_model_is_followed_and_neither_it_nor_the_reference_moves(
     assert not torch.allclose(moved, reference, atol=1e-2)
 
 
-@pytest.mark.parametrize("more", [("ppo.value_head=mlp",), ("model.train=full", "optimizer.learning_rate=0.003")])
+@pytest.mark.parametrize(
+    "more", [("ppo.value_head=mlp",), ("model.train=full", "model.lora=null", "optimizer.learning_rate=0.003")]
+)
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     tmp_path: Path,
     prompt_file: Path,

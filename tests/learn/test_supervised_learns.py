@@ -113,6 +113,7 @@ def test_reward_model_separates_what_is_separable(
         "training.num_train_epochs=10",
         "optimizer.learning_rate=0.01",
         f"reward.train={train}",
+        *(["model.lora=null"] if train == "full" else []),
     )
     assert column(run.folder, "train/loss")[0] == pytest.approx(math.log(2), abs=0.3)
     assert column(run.folder, "validation/accuracy")[-1] > 0.9
@@ -134,14 +135,14 @@ def test_every_weight_can_train_on_top_of_an_adapter(
     first = sft(tmp_path, base, write_rows(demonstrations(8)), "first", "training.max_steps=3", rate)
     started = load_policy("first", ModelConfig(), tmp_path, torch.device("cpu"))
     ids = torch.tensor([[5, 6, 7]])
-    untouched = "optimizer.learning_rate=1e-12"
+    one_step = ("training.max_steps=1", "optimizer.learning_rate=1e-12")
     if stage == "sft":
-        sft(tmp_path, Path("first"), data, "second", "model.train=full", "training.max_steps=1", untouched)
+        sft(tmp_path, Path("first"), data, "second", "model.train=full", *one_step)
         second = load_policy("second", ModelConfig(), tmp_path, torch.device("cpu"))
         assert second.adapter is None
         found = second.backbone.hidden(ids)
     else:
-        run = reward(tmp_path, Path("first"), data, "second", "reward.train=full", "training.max_steps=1", untouched)
+        run = reward(tmp_path, Path("first"), data, "second", "reward.train=full", "model.lora=null", *one_step)
         found = RewardModel.load(run.folder / "reward_model").backbone.hidden(ids)
     expected = started.backbone.hidden(ids, adapter=started.adapter)
     assert not torch.allclose(expected, started.backbone.hidden(ids), atol=1e-3)
@@ -165,6 +166,7 @@ def test_dpo_starts_at_ln_2_and_falls(tmp_path: Path, base: Path, write_rows: Wr
         "training.num_train_epochs=6",
         "optimizer.learning_rate=0.005",
         f"model.train={train}",
+        *(["model.lora=null"] if train == "full" else []),
     )
     losses = column(run.folder, "train/loss")
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
