@@ -215,6 +215,12 @@ class ChatEncoder:
         text = self._render(
             [[{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]], generation_prompt=False
         )[0]
+        if _PROBE not in text:
+            raise UserError(
+                f"the chat template of '{self.tokenizer.name_or_path}' does not write an assistant's answer as it is, "
+                "so its tokens could not be found and nothing would be trained; set tokenizer.chat_template to one "
+                "that writes message['content'] of every turn"
+            )
         tail = text[text.rindex(_PROBE) + len(_PROBE) :]
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
         for token in self._encode([tail])[0]:

@@ -121,6 +121,20 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     return extra
 
 
+def check_task_type(folder: str | Path, expected: TaskType) -> None:
+    """Refuse an adapter that was trained for another task: a policy's read as a reward model's, or the other way round.
+
+    Its head would be lost without a word. PEFT adapters that name no task fit either.
+    """
+    found = _read_config(Path(folder)).get("task_type")
+    if found not in (None, expected):
+        wanted = "a policy" if expected == "CAUSAL_LM" else "a reward model"
+        raise UserError(
+            f"the adapter in {folder} was trained for the task {found}, but {wanted} needs {expected}; "
+            "name the folder of another adapter."
+        )
+
+
 def _peft_config(model: nn.Module, name: str) -> dict[str, Any]:
     """The fields that depend on the adapter. Layers that differ from the commonest rank or alpha go into patterns."""
     layers = lora_layers(model, name)

@@ -145,7 +145,7 @@ class RewardModel(nn.Module):
             backbone = Backbone.load(source, dtype_name, backbone.device if backbone else None)
         name = adapter if description["has_adapter"] else None
         if name is not None:
-            backbone.load_adapter(folder, name)
+            backbone.load_adapter(folder, name, "SEQ_CLS")
         model = cls(backbone, name, description["pooling"], "frozen")
         model.head.weight.data.copy_(load_file(folder / HEAD_FILE)["head.weight"])
         model.scale = ScoreScale(**description["scale"])

@@ -22,8 +22,8 @@ class LearnedReward:
     """Scores answers with a frozen reward model, in batches filled by tokens.
 
     Two tokenizers count as one only when their vocabularies and templates are equal; then the sampled ids themselves
-    are scored, so an answer that was cut off is seen as cut off. Otherwise the answer's text goes through the reward
-    model's own tokenizer and template (where a cut-off answer cannot be told from a finished one).
+    are scored. Otherwise the answer's text goes through the reward model's own tokenizer and template. Either way an
+    answer that was cut off (column `finished`) is scored without the token that ends one.
     """
 
     def __init__(
@@ -44,6 +44,9 @@ class LearnedReward:
         else:
             starts = self.encoder.prompt_ids_batch(prompts)
             answers = self.encoder.response_ids_batch(prompts, completions)
+            finished = columns.get("finished", [True] * len(answers))
+            # The encoder ends every answer; one that was cut off has not said that it is over.
+            answers = [ids if done else ids[:-1] for ids, done in zip(answers, finished, strict=True)]
             rows = [[*start, *answer] for start, answer in zip(starts, answers, strict=True)]
         scores: list[float] = self.score_ids(rows).tolist()
         return scores

@@ -16,6 +16,7 @@ from rlhf.algo.reward_loss import compute_preference_loss
 from rlhf.data.chat import TokenExample
 from rlhf.data.collate import pad_left, pad_right
 from rlhf.infra.errors import UserError
+from rlhf.models.adapter_files import save_adapter
 from rlhf.models.backbone import Backbone, ModelConfig
 from rlhf.models.lora import LoRAConfig
 from rlhf.models.reward_model import (
@@ -190,6 +191,18 @@ def test_C6_the_adapter_is_pefts_sequence_classification(base: Path, tmp_path: P
     RewardModel(load_base(base), model_config=SMALL).save(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+
+
+def test_C6_a_reward_adapter_is_no_policy_and_a_policy_no_reward_model(base: Path, tmp_path: Path) -> None:
+    RewardModel(load_base(base), model_config=SMALL).save(tmp_path / "reward")
+    shared = load_base(base)
+    with pytest.raises(UserError, match="was trained for the task SEQ_CLS, but a policy needs CAUSAL_LM"):
+        shared.load_adapter(tmp_path / "reward", "policy")
+    add_trained_adapter(shared, "sft")
+    save_adapter(shared.model, "sft", tmp_path / "sft", str(base))
+    with pytest.raises(UserError, match="was trained for the task CAUSAL_LM, but a reward model needs SEQ_CLS"):
+        load_base(base).load_adapter(tmp_path / "sft", "reward", "SEQ_CLS")
+    assert shared.adapter_names == ["sft"]
 
 
 def test_V9_C6_a_missing_head_or_description_is_refused(base: Path, tmp_path: Path) -> None:
