@@ -101,6 +101,31 @@ def pipeline(config: ConfigOption = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[str, typer.Argument(help="sft, rm, dpo, ppo or pipeline.", show_default=False, metavar="RECIPE")],
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+) -> None:
+    """Check model, tokenizer, template, data and config as a recipe would use them; exit code 1 where one is red."""
+    from rlhf.eval.doctor.show import show
+    from rlhf.infra.config import load_config
+    from rlhf.infra.logger import terminal
+    from rlhf.recipes.doctor import doctor_config, run_doctor
+
+    settings = load_config(doctor_config(recipe), config, overrides or ())
+    several = recipe == "pipeline"
+    diagnosis = run_doctor(
+        recipe,
+        settings,
+        lambda found: None if as_json else show(terminal(), found.finding, found.stage if several else ""),
+    )
+    typer.echo(diagnosis.to_json() if as_json else diagnosis.summary())
+    if diagnosis.level == "red":
+        raise typer.Exit(1)
+
+
+@app.command()
 def resume(folder: Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)]) -> None:
     """Take an interrupted run up where its last checkpoint is."""
     from rlhf.recipes.resume import resume_run

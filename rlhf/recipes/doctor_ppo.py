@@ -1,0 +1,177 @@
+"""Which checks PPO gets: on prompts, on a real rollout, on policy against reference, and on the reward model.
+
+The policy is checked even where the reward model cannot be loaded: it is then prepared with a rule in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf.data.chat import join
+from rlhf.data.collate import Batch
+from rlhf.data.prompt_dataset import PromptDataset, PromptExample
+from rlhf.eval.doctor import model_checks, reward_checks, token_checks
+from rlhf.eval.doctor.finding import Finding
+from rlhf.infra.determinism import derive_seed
+from rlhf.models.backbone import positions_from_mask
+from rlhf.models.lora import delete_adapter
+from rlhf.models.reward_model import load_reward_model
+from rlhf.recipes.doctor_stages import START
+from rlhf.recipes.doctor_subject import NUM_PASSES, Subject, sampled
+from rlhf.recipes.ppo import PPOParts
+from rlhf.recipes.ppo import prepare as prepare_ppo
+from rlhf.recipes.ppo_config import PPOConfig
+from rlhf.recipes.stages import REWARD_MODEL, locate
+from rlhf.rewards.learned import LearnedReward
+from rlhf.rewards.protocol import RewardTermConfig
+from rlhf.rollout.sampler import Sampler
+from rlhf.rollout.trajectory import Trajectory
+
+REWARD = "reward"  # the adapter name under which PPO loads a reward model
+_NUM_PROMPTS, _MAX_NEW_TOKENS = 16, 64
+
+
+def examine_ppo(config: PPOConfig, device: torch.device, scratch: Path, stand_in: bool = False) -> Iterator[Finding]:
+    """Prompts, rollout, ratio, reference, reward model and learning rate of PPO.
+
+    `stand_in`: the policy has not learnt yet what it will know when the run starts, such as to stop.
+    """
+    subject = Subject.open(config.policy, config.model, config.data, config.run.output_dir, scratch, prompts_only=True)
+    prompts, finding = subject.within_length(
+        PromptDataset, config.data, _num_ids, "max_prompt_length", config.generation.max_new_tokens
+    )
+    yield finding
+    yield subject.bos("PPO", [prompt.prompt_ids for prompt in prompts])
+    parts = prepare_ppo(_without_reward_model(config), device, scratch / "rejected.jsonl")
+    yield START.green(f"{parts.policy.backbone.name}; {parts.prompts.report}")
+    rollout = Rollout(config, parts, subject)
+    yield from rollout.findings(stand_in)
+    if any(term.name == "model" for term in config.rewards):
+        yield from rollout.reward_findings()
+    yield model_checks.learning_rate_moves_weights(
+        parts.policy.trainable_parameters(), config.optimizer, config.num_optimizer_steps, config.run.dtype
+    )
+
+
+class Rollout:
+    """A small rollout by the recipe's own sampler, and what can be said of it."""
+
+    def __init__(self, config: PPOConfig, parts: PPOParts, subject: Subject) -> None:
+        self.config, self.parts, self.subject = config, parts, subject
+        self.stops = parts.encoder.stop_token_ids
+        self.batch = subject.spread(parts.prompts.examples, _num_ids, _NUM_PROMPTS)
+        self.prompts = [prompt.prompt_ids for prompt in self.batch]
+        self.trajectory = self.sample(self.prompts)
+
+    def sample(self, prompts: Sequence[Sequence[int]]) -> Trajectory:
+        """Answers as PPO draws them, of a length that does not take long."""
+        settings = self.config.generation
+        short = settings.model_copy(update={"max_new_tokens": min(settings.max_new_tokens, _MAX_NEW_TOKENS)})
+        sampler = Sampler(self.parts.policy, short, self.stops)
+        return sampler.sample(prompts, derive_seed(self.config.run.seed, "doctor"))
+
+    def findings(self, stand_in: bool) -> Iterator[Finding]:
+        """Everything about policy and reference; see `examine_ppo` for `stand_in`."""
+        policy, reference, trajectory = self.parts.policy, self.parts.reference, self.trajectory
+        cut_short = stand_in or self.config.generation.max_new_tokens > _MAX_NEW_TOKENS
+        yield token_checks.samples_end_at_a_stop(trajectory, self.stops, cut_short=cut_short)
+        yield token_checks.end_in_prompt_changes_no_rollout(self.sample, self.prompts, self.stops)
+        finished = trajectory.finished_B.nonzero().flatten().tolist()[:NUM_PASSES]
+        rows = [join(*both) for both in zip(trajectory.prompts(), trajectory.responses(), strict=True)]
+        if finished:
+            pad = self.subject.tokenizer.pad_token_id
+            few = [rows[place] for place in finished]
+            yield token_checks.masks_survive_padding(few, lambda pad: self._padded(pad, finished), self.stops, pad)
+        yield model_checks.left_padding_changes_nothing(policy.backbone, policy.adapter, rows[:NUM_PASSES])
+        yield model_checks.no_dropout(self._forward, policy)
+        yield model_checks.ratio_starts_at_one(policy, trajectory, recomputes=self.config.ppo.recompute_logprobs)
+        yield model_checks.rollout_starts_at_reference(
+            policy,
+            lambda part: reference.logprobs(
+                part.input_ids_BT, part.attention_mask_BT, part.response_mask_BR, part.temperature
+            ),
+            trajectory,
+        )
+
+    def reward_findings(self) -> Iterator[Finding]:
+        """V9 and V8 of the reward model, loaded and asked as PPO does."""
+        if self.config.reward_model is None:
+            yield reward_checks.HEAD.red(
+                "the reward `model` is asked for, but no reward_model is named",
+                "set reward_model=<run, folder or hub name>, or name rules under `rewards`",
+            )
+            return
+        loaded: list[reward_checks.AnyReward] = []
+
+        def load() -> reward_checks.AnyReward:
+            loaded.append(self._load_reward_model(self.config.reward_model or ""))
+            return loaded[-1]
+
+        finding = reward_checks.head_survives_loading(load, self._score)
+        yield finding
+        if finding.level != "red":
+            learned = self._learned(loaded[-1])
+            rows = [[*start, *answer] for start, answer in self._rows_for(learned)]
+            if not learned.by_ids:
+                yield self.subject.bos_of(learned.encoder, {"reward model": rows})
+            yield reward_checks.scores_ignore_the_batch(loaded[-1], rows[:NUM_PASSES], self.config.run.dtype)
+
+    def _load_reward_model(self, source: str) -> reward_checks.AnyReward:
+        backbone = self.parts.policy.backbone
+        if REWARD in backbone.adapter_names:
+            delete_adapter(backbone.model, REWARD)
+        folder = locate(source, self.config.run.output_dir, REWARD_MODEL)
+        return load_reward_model(folder, backbone, backbone.dtype_name)
+
+    def _learned(self, model: reward_checks.AnyReward) -> LearnedReward:
+        return LearnedReward(model, self.subject.tokenizer, self.config.data.system_prompt, standardise=False)
+
+    def _score(self, model: reward_checks.AnyReward) -> Tensor:
+        learned = self._learned(model)
+        return learned.score_ids([[*start, *answer] for start, answer in self._rows_for(learned)])
+
+    def _rows_for(self, learned: LearnedReward) -> list[tuple[list[int], list[int]]]:
+        """Prompts and samples as ids of the reward model's tokenizer."""
+        if learned.by_ids:
+            return list(zip(self.trajectory.prompts(), self.trajectory.responses(), strict=True))
+        prompts = [prompt.prompt for prompt in self.batch]
+        texts = self.parts.encoder.decode_batch(self.trajectory.responses())
+        starts = learned.encoder.prompt_ids_batch(prompts)
+        return list(zip(starts, learned.encoder.response_ids_batch(prompts, texts), strict=True))
+
+    def _padded(self, pad: int, places: Sequence[int]) -> Batch:
+        """The same samples drawn once more, with another token to pad."""
+        tokenizer = self.parts.policy.backbone.tokenizer
+        former, tokenizer.pad_token_id = tokenizer.pad_token_id, pad
+        try:
+            trajectory = self.sample(self.prompts).select(torch.tensor(list(places), device=self.trajectory_device))
+        finally:
+            tokenizer.pad_token_id = former
+        prompts_BP = torch.zeros_like(trajectory.prompt_mask_BP)
+        actions_BT = torch.cat([prompts_BP, trajectory.response_mask_BR], dim=1)
+        attended_BT = trajectory.attention_mask_BT
+        return Batch(trajectory.input_ids_BT, attended_BT, actions_BT, positions_from_mask(attended_BT))
+
+    @property
+    def trajectory_device(self) -> torch.device:
+        return self.trajectory.response_ids_BR.device
+
+    def _forward(self) -> Tensor:
+        trajectory = self.trajectory
+        return self.parts.policy.response_statistics(
+            trajectory.input_ids_BT, trajectory.attention_mask_BT, trajectory.response_mask_BR, trajectory.temperature
+        ).logprobs_BR
+
+
+def _without_reward_model(config: PPOConfig) -> PPOConfig:
+    rules = [term for term in config.rewards if term.name != "model"]
+    stand_in = rules or [RewardTermConfig(name="keyword_sentiment")]
+    return config.model_copy(update={"data": sampled(config.data), "rewards": stand_in})
+
+
+def _num_ids(prompt: PromptExample) -> int:
+    return len(prompt.prompt_ids)

@@ -1,0 +1,173 @@
+"""Which checks each supervised stage gets, on what its own `prepare` loads.
+
+Every function yields findings as they are made. `scratch` is a folder for what must not stay; `keep`, inside a
+pipeline, is where the untrained stand-in of the stage is left for the stages that start from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf.data.chat import TokenExample, join
+from rlhf.data.collate import Batch, collate_packed, pad_right, pair_batch
+from rlhf.data.instruction_dataset import InstructionDataset
+from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
+from rlhf.data.rows import InstructionRow, Prompt
+from rlhf.eval.doctor import model_checks, reward_checks, token_checks
+from rlhf.eval.doctor.finding import Check, Finding
+from rlhf.models.lora import delete_adapter
+from rlhf.models.policy import masked_logprobs
+from rlhf.models.reward_model import RewardModel
+from rlhf.recipes.doctor_subject import UNLIMITED, Subject, sampled
+from rlhf.recipes.dpo import DPOConfig, summed_logprobs
+from rlhf.recipes.dpo import prepare as prepare_dpo
+from rlhf.recipes.reward import RewardConfig, longest_side
+from rlhf.recipes.reward import prepare as prepare_reward
+from rlhf.recipes.sft import SFTConfig
+from rlhf.recipes.sft import prepare as prepare_sft
+from rlhf.recipes.stages import save_policy
+
+START = Check("start", "models and data load", "the run refuses to start")
+_RELOADED = "doctor_reloaded"
+
+
+def examine_sft(config: SFTConfig, device: torch.device, scratch: Path, keep: Path | None = None) -> Iterator[Finding]:
+    """Tokens, padding, dropout and learning rate of supervised fine-tuning."""
+    subject = Subject.open(config.model.name_or_path, config.model, config.data, config.run.output_dir, scratch)
+    examples, finding = subject.within_length(InstructionDataset, config.data, _num_ids)
+    yield finding
+    yield subject.bos("SFT", [example.input_ids for example in examples])
+    # Where every token is trained, there is no answer with an end of its own.
+    if config.data.train_on != "every_token" and subject.pairs:
+        rows = subject.spread(examples, _num_ids)
+        yield from _answers(
+            subject, examples, _sft_encode(subject, config), rows, lambda pad: _batch(rows, pad, config)
+        )
+    limited = config.model_copy(update={"data": sampled(config.data)})
+    parts = prepare_sft(limited, device, scratch / "rejected.jsonl")
+    yield START.green(f"{parts.backbone.name}; {parts.report}")
+    backbone, adapter, rows = parts.backbone, parts.adapter, subject.spread(parts.train, _num_ids)
+    batch = _batch(rows, backbone.tokenizer.pad_token_id, config).to(device)
+    tensors = batch.input_ids_BT, batch.attention_mask_BT, batch.loss_mask_BT, batch.position_ids_BT
+    yield model_checks.left_padding_changes_nothing(backbone, adapter, rows)
+    yield model_checks.no_dropout(lambda: masked_logprobs(backbone, adapter, *tensors), backbone)
+    trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    num_steps = config.training.num_steps(subject.num_rows)
+    yield model_checks.learning_rate_moves_weights(trained, config.optimizer, num_steps, config.run.dtype)
+    if keep is not None:
+        reward_checks.shake(trained.values())
+        save_policy(backbone, adapter, keep)
+
+
+def examine_reward(
+    config: RewardConfig, device: torch.device, scratch: Path, keep: Path | None = None
+) -> Iterator[Finding]:
+    """Tokens of both sides, dropout, place of the score, the head on disk and the learning rate of a reward model."""
+    subject = yield from _pair_tokens(config, config.backbone, scratch, "reward model")
+    limited = config.model_copy(update={"data": sampled(config.data)})
+    parts = prepare_reward(limited, device, scratch / "rejected.jsonl")
+    yield START.green(f"{parts.model.backbone.name}; {parts.report}")
+    model, dtype = parts.model, config.run.dtype
+    pairs = subject.spread(parts.train, longest_side)
+    batch = pair_batch(pairs, model.tokenizer.pad_token_id).batch.to(device)
+    rows = [example.input_ids for example in _both_sides(pairs)]
+    yield model_checks.no_dropout(lambda: model(batch.input_ids_BT, batch.attention_mask_BT), model)
+    yield reward_checks.scores_ignore_the_batch(model, rows, dtype)
+    yield reward_checks.head_survives_saving(model, rows, lambda folder: _reloaded(folder, model), dtype)
+    num_steps = config.training.num_steps(subject.num_rows)
+    yield model_checks.learning_rate_moves_weights(model.trainable_parameters(), config.optimizer, num_steps, dtype)
+    if keep is not None:
+        reward_checks.shake(model.trainable_parameters().values())
+        model.save(keep)
+
+
+def examine_dpo(config: DPOConfig, device: torch.device, scratch: Path) -> Iterator[Finding]:
+    """Tokens of both sides, padding, dropout, distance from the reference and learning rate of DPO."""
+    subject = yield from _pair_tokens(config, config.policy, scratch, "DPO")
+    limited = config.model_copy(update={"data": sampled(config.data)})
+    parts = prepare_dpo(limited, device, scratch / "rejected.jsonl")
+    policy, reference, backbone = parts.policy, parts.reference, parts.policy.backbone
+    yield START.green(f"{backbone.name}; {parts.train.report}")
+    pairs = subject.spread(parts.train.examples, longest_side)
+    batch = pair_batch(pairs, backbone.tokenizer.pad_token_id).batch.to(device)
+
+    def under_policy() -> Tensor:
+        return summed_logprobs(backbone, policy.adapter, batch)
+
+    def under_reference() -> Tensor:
+        return summed_logprobs(reference.backbone, reference.adapter, batch)
+
+    yield model_checks.left_padding_changes_nothing(backbone, policy.adapter, _both_sides(pairs))
+    yield model_checks.no_dropout(under_policy, policy)
+    yield model_checks.pairs_start_at_reference(under_policy, under_reference)
+    num_steps = config.training.num_steps(subject.num_rows)
+    yield model_checks.learning_rate_moves_weights(
+        policy.trainable_parameters(), config.optimizer, num_steps, config.run.dtype
+    )
+
+
+def _pair_tokens(
+    config: RewardConfig | DPOConfig, source: str, scratch: Path, recipe: str
+) -> Generator[Finding, None, Subject]:
+    """Checks of the tokens of preference pairs, before the model is loaded; returns what they were made on."""
+    subject = Subject.open(source, config.model, config.data, config.run.output_dir, scratch)
+    encoder = subject.encoder
+    kept, finding = subject.within_length(PreferenceDataset, config.data, longest_side)
+    yield finding
+    examples, pairs = _both_sides(kept), subject.spread(kept, longest_side)
+    yield subject.bos(recipe, [example.input_ids for example in examples])
+
+    def encode(prompt: Prompt, answer: str) -> TokenExample:
+        return join(encoder.prompt_ids(prompt), encoder.response_ids(prompt, answer))
+
+    yield from _answers(subject, examples, encode, _both_sides(pairs), lambda pad: pair_batch(pairs, pad).batch)
+    return subject
+
+
+def _answers(
+    subject: Subject,
+    examples: Sequence[TokenExample],
+    encode: token_checks.Encode,
+    rows: Sequence[TokenExample],
+    collate: Callable[[int], Batch],
+) -> Iterator[Finding]:
+    """T2, T3, T4 and T8 where answers are given; `collate(pad)` makes the batch that holds `rows`."""
+    tokenizer, stops = subject.tokenizer, subject.encoder.stop_token_ids
+    yield token_checks.masks_survive_padding(rows, collate, stops, tokenizer.pad_token_id)
+    yield token_checks.answers_end_at_a_stop(examples, stops, tokenizer, chat=subject.is_chat)
+    yield token_checks.end_in_prompt_changes_no_mask(encode, subject.pairs, str(tokenizer.eos_token))
+    yield token_checks.answers_are_trained(encode, subject.pairs, tokenizer, stops)
+
+
+def _sft_encode(subject: Subject, config: SFTConfig) -> token_checks.Encode:
+    any_length = config.data.model_copy(update={"max_length": UNLIMITED, "min_length": 1, "max_samples": None})
+
+    def encode(prompt: Prompt, answer: str) -> TokenExample:
+        return InstructionDataset.from_rows([InstructionRow(prompt, answer)], subject.encoder, any_length).examples[0]
+
+    return encode
+
+
+def _batch(rows: Sequence[TokenExample], pad: int, config: SFTConfig) -> Batch:
+    return collate_packed([[row] for row in rows], pad) if config.packing else pad_right(rows, pad)
+
+
+def _both_sides(pairs: Sequence[PreferenceExample]) -> list[TokenExample]:
+    """Chosen rows first, as `pair_batch` has them."""
+    chosen = [join(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+    return chosen + [join(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
+
+
+def _reloaded(folder: Path, model: RewardModel) -> RewardModel:
+    """A saved reward model, on the same frozen base where it has one."""
+    if _RELOADED in model.backbone.adapter_names:
+        delete_adapter(model.backbone.model, _RELOADED)
+    return RewardModel.load(folder, model.backbone, _RELOADED, model.backbone.dtype_name)
+
+
+def _num_ids(example: TokenExample) -> int:
+    return len(example.input_ids)
