@@ -3,6 +3,8 @@
 The trainer never learns which algorithm it serves. A recipe hands it micro-batches and a function from a micro-batch to
 a `LossOutput` whose loss and metrics are already divided by the counts of the whole step: parts then simply add up, and
 the gradient does not depend on how the step was cut into micro-batches.
+
+A loss or gradient that is not finite never reaches the weights: the step is skipped, counted and reported as skipped.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from rlhf.infra.checkpoint import optimizer_tensors, restore_optimizer
 from rlhf.infra.config import Config
+from rlhf.infra.errors import UserError
 
 MicroBatch = TypeVar("MicroBatch")
 
@@ -47,15 +51,19 @@ class OptimizerConfig(Config):
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The loss of one micro-batch and metrics that add up over the micro-batches of a step."""
+    """The loss of one micro-batch, metrics that add up over a step's micro-batches, and those whose largest counts."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did. `skipped`: a non-finite loss or gradient was met and the weights did not move."""
+    """What one optimizer step did. `skipped`: a non-finite loss or gradient was met and the weights did not move.
+
+    `culprit` names the first that was not finite as far as the trainer sees: the loss, a gradient, their norm.
+    """
 
     step: int
     loss: float
@@ -63,9 +71,11 @@ class StepReport:
     learning_rate: float
     skipped: bool
     metrics: Mapping[str, float]
+    maxima: Mapping[str, float] = field(default_factory=dict)
+    culprit: str | None = None
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """Too many optimizer steps in a row had a loss or gradient that was not finite."""
 
 
@@ -94,89 +104,132 @@ class Trainer:
             eps=config.adam_epsilon,
             fused=True,  # one kernel instead of a loop over parameters: a quarter of the time on a small model
         )
-        self.scheduler = get_scheduler(
-            config.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=math.ceil(config.warmup_ratio * num_training_steps),
-            num_training_steps=num_training_steps,
-        )
+        self._rate_factor = schedule(config, num_training_steps)
         device_type = next(iter(self.parameters.values())).device.type
         self.scaler = torch.amp.GradScaler(device_type, enabled=scale_loss)
         self.step_count = self.skipped_count = self.skipped_in_a_row = 0
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        return self.config.learning_rate * self._rate_factor(self.step_count)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `max_nonfinite_steps` steps in a row were skipped: the recipe is to save and to stop."""
+        return self.skipped_in_a_row >= self.config.max_nonfinite_steps
 
     def step(self, micro_batches: Iterable[MicroBatch], loss_fn: Callable[[MicroBatch], LossOutput]) -> StepReport:
         """Run one optimizer step over the micro-batches.
 
         Raises:
-            NonFiniteError: `max_nonfinite_steps` steps in a row had to be skipped.
+            NonFiniteError: the step before this one had already exhausted `max_nonfinite_steps`.
         """
+        if self.exhausted:
+            raise NonFiniteError(f"{self.skipped_in_a_row} optimizer steps in a row were not finite")
         self.optimizer.zero_grad(set_to_none=True)
-        total, metrics = 0.0, dict[str, float]()
+        total, metrics, maxima = 0.0, dict[str, float](), dict[str, float]()
         for micro_batch in micro_batches:
             output = loss_fn(micro_batch)
             self.scaler.scale(output.loss).backward()  # type: ignore[no-untyped-call]
             total += float(output.loss.detach())
             for name, value in output.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
+            for name, value in output.maxima.items():
+                maxima[name] = largest([*([maxima[name]] if name in maxima else []), float(value)])
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        grad_norm = float(norm)
-        skipped = not (math.isfinite(total) and math.isfinite(grad_norm))
+        grad_norm, learning_rate = float(norm), self.learning_rate
+        culprit = self._first_nonfinite(total, grad_norm)
         # Clipping by a norm that is no number would make every gradient one, and hide which was the first.
-        if not skipped:
+        if culprit is None:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
-        learning_rate = self.scheduler.get_last_lr()[0]
-        self._apply(skipped, total)
-        return StepReport(self.step_count, total, grad_norm, learning_rate, skipped, metrics)
+        self._apply(culprit is not None, learning_rate)
+        return StepReport(
+            self.step_count, total, grad_norm, learning_rate, culprit is not None, metrics, maxima, culprit
+        )
 
-    def _apply(self, skipped: bool, loss: float) -> None:
-        if skipped:
+    def _apply(self, skip: bool, learning_rate: float) -> None:
+        if skip:
             self.skipped_count += 1
             self.skipped_in_a_row += 1
-            culprit = self._first_nonfinite() or f"loss ({loss})"
             self.optimizer.zero_grad(set_to_none=True)
-            if self.skipped_in_a_row >= self.config.max_nonfinite_steps:
-                raise NonFiniteError(
-                    f"{self.skipped_in_a_row} optimizer steps in a row were not finite, first in {culprit}; the "
-                    "weights are those of the last good step. Lower the learning rate, or use dtype fp32"
-                )
         else:
             self.skipped_in_a_row = 0
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
             self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.scaler.update()  # after a skipped step too: an overflow is what lowers its factor
         # A skipped step still counts: the schedule stays a function of the step number alone.
-        self.scheduler.step()
         self.step_count += 1
 
-    def _first_nonfinite(self) -> str | None:
+    def _first_nonfinite(self, loss: float, grad_norm: float) -> str | None:
+        if not math.isfinite(loss):
+            return f"the loss ({loss})"
+        if math.isfinite(grad_norm):
+            return None
         for name, parameter in self.parameters.items():
             if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
                 return f"the gradient of {name}"
-        return None
+        return "the norm of all gradients, each of them finite"
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything needed to go on: optimizer moments as tensors, schedule, scaler and counters as plain values."""
+        """Everything needed to go on: optimizer moments as tensors, scaler and counters as plain values.
+
+        The place in the schedule is the number of steps.
+        """
         plain = {
-            "scheduler": {"last_epoch": self.scheduler.last_epoch, "_last_lr": self.scheduler.get_last_lr()},
             "scaler": self.scaler.state_dict(),
             "counts": [self.step_count, self.skipped_count, self.skipped_in_a_row],
         }
         return optimizer_tensors(self.optimizer), plain
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Continue exactly where `state` was taken."""
+        """Continue exactly where `state` was taken; a trainer that was exhausted there gets all its tries again."""
         restore_optimizer(self.optimizer, dict(tensors))
-        self.scheduler.last_epoch = plain["scheduler"]["last_epoch"]
-        self.scheduler._last_lr = list(plain["scheduler"]["_last_lr"])
-        for group, learning_rate in zip(self.optimizer.param_groups, self.scheduler._last_lr, strict=True):
-            group["lr"] = learning_rate
         if plain["scaler"]:
             self.scaler.load_state_dict(plain["scaler"])
         self.step_count, self.skipped_count, self.skipped_in_a_row = plain["counts"]
+        if self.exhausted:
+            self.skipped_in_a_row = 0
+
+
+def schedule(config: OptimizerConfig, num_training_steps: int) -> Callable[[int], float]:
+    """What the learning rate is multiplied with, as a function of the number of steps before."""
+    # Transformers' schedules come as an object that moves an optimizer's rates; only their formula is wanted here.
+    scheduler = get_scheduler(
+        config.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(())]),
+        num_warmup_steps=math.ceil(config.warmup_ratio * num_training_steps),
+        num_training_steps=num_training_steps,
+    )
+    assert isinstance(scheduler, LambdaLR)
+    return scheduler.lr_lambdas[0]
 
 
 def mean_reports(reports: Sequence[StepReport]) -> dict[str, float]:
-    """Average the metrics of several optimizer steps, for one log line; each step weighs the same."""
+    """Metrics of several optimizer steps for one log line: means, each step weighing the same, and largest of maxima.
+
+    Skipped steps are left out where others are there: one of them would make every mean of the line no number.
+    """
+    reports = taken(reports)
     names = sorted({name for report in reports for name in report.metrics})
     present = {name: [r.metrics[name] for r in reports if name in r.metrics] for name in names}
-    return {name: sum(values) / len(values) for name, values in present.items()}
+    means = {name: sum(values) / len(values) for name, values in present.items()}
+    names = sorted({name for report in reports for name in report.maxima})
+    return means | {name: largest([r.maxima[name] for r in reports if name in r.maxima]) for name in names}
+
+
+def mean_loss(reports: Sequence[StepReport]) -> float:
+    """Mean loss of several optimizer steps, skipped ones as in `mean_reports`."""
+    return sum(report.loss for report in taken(reports)) / len(taken(reports))
+
+
+def taken(reports: Sequence[StepReport]) -> Sequence[StepReport]:
+    """The steps that moved the weights; all of them where none did."""
+    return [report for report in reports if not report.skipped] or reports
+
+
+def largest(values: Sequence[float]) -> float:
+    """The largest of the values, NaN where one of them is: `max` would let it pass or not, by its place."""
+    return math.nan if any(math.isnan(value) for value in values) else max(values)

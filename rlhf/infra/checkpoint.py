@@ -5,6 +5,7 @@
         optimizer.safetensors
         state.json             everything that is not a tensor
         manifest.json          size and SHA-256 of each file above
+    checkpoints/step_000010.003/    the same, taken inside step 11 after its third part
 
 safetensors and JSON only: nothing in a checkpoint can run code when it is read.
 """
@@ -12,7 +13,6 @@ safetensors and JSON only: nothing in a checkpoint can run code when it is read.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf.infra.durable import sha256_file, sync_file, sync_folder
+from rlhf.infra.durable import replace_folder, sha256_file, sync_file, sync_folder
 from rlhf.infra.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -34,16 +34,22 @@ STATE = "state.json"
 FORMAT = 1
 
 # A hidden `.step_000010.replaced` is the old version of a step that was being saved again when the process died.
-_FINISHED = re.compile(r"^(step_(\d+)|\.step_(\d+)\.replaced)$")
+_FINISHED = re.compile(r"^(?P<hidden>\.)?step_(?P<step>\d+)(\.(?P<part>\d+))?(?(hidden)\.replaced)$")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One verified checkpoint on disk."""
+    """One verified checkpoint on disk; `part` counts what was done of the step after `step`, 0 between steps."""
 
     step: int
     folder: Path
     state: dict[str, Any]
+    part: int = 0
+
+    @property
+    def place(self) -> str:
+        """Where it was taken, in words."""
+        return f"step {self.step}" + (f" and {self.part} part(s) of the next" if self.part else "")
 
     @property
     def names(self) -> list[str]:
@@ -67,14 +73,16 @@ class CheckpointStore:
         self.folder = Path(folder)
         self.keep = keep
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of a step and return its folder.
+    def save(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], part: int = 0
+    ) -> Path:
+        """Write the checkpoint of a step, or of a part of the step after it, and return its folder.
 
         `tensors` maps a group's name to its tensors, `state` holds JSON values. Checkpoints of later steps, left by a
         past that was abandoned, are removed once this one is safe. Raises `UserError` when the disk is full or the
         folder cannot be written; then everything that was there still is.
         """
-        final = self.folder / f"step_{step:06d}"
+        final = self.folder / (f"step_{step:06d}" + (f".{part:03d}" if part else ""))
         aside = self.folder / f".{final.name}.partial"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +90,7 @@ class CheckpointStore:
             aside.mkdir()
             _write_files(aside, tensors, state)
             _write_manifest(aside, step)
-            self._move_into_place(aside, final)
+            replace_folder(aside, final)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -90,50 +98,42 @@ class CheckpointStore:
                 f"the checkpoint of step {step} could not be written to '{self.folder}': {reason}; "
                 "earlier checkpoints are untouched, so mend that and resume"
             ) from error
-        self._prune(step)
+        self._prune((step, part))
         return final
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint whose files all match its manifest; each damaged one on the way is warned about."""
-        for step, folder in sorted(self._finished(), reverse=True):
+        for (step, part), folder in sorted(self._finished(), reverse=True):
             damage = find_damage(folder)
             if damage is None:
                 state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-                return Checkpoint(step, folder, state)
+                return Checkpoint(step, folder, state, part)
             warnings.warn(f"checkpoint '{folder}' is damaged and is not used: {damage}", stacklevel=2)
         return None
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first, damaged ones included."""
-        return sorted({step for step, _ in self._finished()})
+        return sorted({step for (step, _), _ in self._finished()})
 
-    def _finished(self) -> list[tuple[int, Path]]:
+    def _finished(self) -> list[tuple[tuple[int, int], Path]]:
+        """((step, part), folder) of everything that was wholly written once."""
         if not self.folder.is_dir():
             return []
-        found: dict[int, Path] = {}
+        found: dict[tuple[int, int], Path] = {}
         for path in sorted(self.folder.iterdir()):  # ".step_..." sorts before "step_...", which then wins
             if (match := _FINISHED.match(path.name)) and path.is_dir():
-                found[int(match[2] or match[3])] = path
+                found[int(match["step"]), int(match["part"] or 0)] = path
         return list(found.items())
 
     def _remove_partials(self) -> None:
         for path in self.folder.glob(".step_*.partial"):
             shutil.rmtree(path)
 
-    def _move_into_place(self, aside: Path, final: Path) -> None:
-        replaced = self.folder / f".{final.name}.replaced"
-        if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(final, replaced)
-        os.replace(aside, final)
-        sync_folder(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-    def _prune(self, step: int) -> None:
-        """Keep the newest ones up to `step`. What cannot be deleted stays: that must not fail a finished save."""
+    def _prune(self, newest: tuple[int, int]) -> None:
+        """Keep the newest ones up to that. What cannot be deleted stays: that must not fail a finished save."""
         finished = sorted(self._finished(), reverse=True)
-        past = [folder for other, folder in finished if other <= step]
-        future = [folder for other, folder in finished if other > step]
+        past = [folder for place, folder in finished if place <= newest]
+        future = [folder for place, folder in finished if place > newest]
         for folder in past[self.keep :] + future:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -238,11 +238,11 @@ def _check_index(index: int, num_here: int, what: str) -> None:
 
 def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     for name, group in tensors.items():
-        save_file(_separate(group), folder / f"{name}.safetensors")
+        save_file(separate_tensors(group), folder / f"{name}.safetensors")
     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
 
 
-def _separate(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def separate_tensors(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors of which no two share memory, as safetensors demands."""
     separate: dict[str, Tensor] = {}
     seen: set[int] = set()

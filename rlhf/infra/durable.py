@@ -1,14 +1,33 @@
-"""Files that are either wholly there or not at all, whatever happens to the process or the machine."""
+"""Files and folders that are either wholly there or not at all, whatever happens to the process or the machine."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rlhf.infra.errors import UserError
+
+# What a disk answers that takes no more: full, over quota, file too large, read-only, not ours, broken.
+_DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,13 +41,71 @@ def write_text(path: Path, text: str) -> None:
         os.replace(aside, path)
         sync_folder(path.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder is no folder, there is nothing to remove either
+            aside.unlink()
         raise UserError(f"'{path}' could not be written: {error.strerror or error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step (see `write_text`)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def written_aside(final: Path) -> Iterator[Path]:
+    """Fill a folder that gets its name when it is whole: `with written_aside(run / "policy") as folder: ...`.
+
+    A folder of that name is replaced. Raises `UserError` when the disk takes no more; then, and after any other error,
+    what was there still is.
+    """
+    aside = final.with_name(f".{final.name}.partial")
+    try:
+        with disk_errors_named(f"'{final}' could not be written"):
+            if aside.exists():  # left by a process that was killed
+                shutil.rmtree(aside)
+            aside.mkdir(parents=True)
+            yield aside
+            for path in sorted(aside.rglob("*")):
+                sync_folder(path) if path.is_dir() else sync_file(path)
+            sync_folder(aside)
+            replace_folder(aside, final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def replace_folder(aside: Path, final: Path) -> None:
+    """Give a finished folder its name. An older folder of that name is `.<name>.replaced` for the moment in between."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(final, replaced)
+    os.replace(aside, final)
+    sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors_named(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn the refusal of a disk inside the block into a `UserError`: `<what>: No space left on device<remedy>`.
+
+    Other errors of the system (a connection that breaks, a file that is not there) pass through as they are.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = disk_refusal(error)
+        if reason is None:
+            raise
+        raise UserError(f"{what}: {reason}{remedy}") from error
+
+
+def disk_refusal(error: OSError | SafetensorError) -> str | None:
+    """Why the disk refused, or None where that is not what the error says."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _DISK_ERRORS else None
+    found = re.search(r"os error (\d+)", str(error))  # safetensors has the system's number in its text only
+    return os.strerror(int(found[1])) if found and int(found[1]) in _DISK_ERRORS else None
 
 
 def sync_file(path: Path) -> None:

@@ -10,40 +10,44 @@ runs/<name>/
 from __future__ import annotations
 
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from rlhf.infra.checkpoint import Checkpoint, CheckpointStore
 from rlhf.infra.config import Config, to_yaml
 from rlhf.infra.determinism import seed_everything
 from rlhf.infra.device import DeviceName, DtypeName, check_dtype, resolve_device, set_num_threads
-from rlhf.infra.durable import write_json, write_text
+from rlhf.infra.durable import disk_errors_named, write_json, write_text
 from rlhf.infra.errors import UserError
 from rlhf.infra.interrupt import InterruptFlag
 from rlhf.infra.logger import RunLogger, check_wandb_installed
 from rlhf.infra.run_folder import (
     CONFIG,
-    LOCK,
+    OVERWRITTEN,
     RUN_INFO,
     FolderLock,
+    clear_run,
     data_hashes,
     git_commit,
     package_versions,
     read_run_info,
+    refuse_taken,
     utc_now,
 )
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 StopReason = Literal["interrupted", "max_minutes"]
 
+MINUTES_BETWEEN_CHECKPOINTS = 5.0
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -57,7 +61,7 @@ class RunConfig(Config):
     dtype: DtypeName = Field("fp32", description="format of matrix products; fp16 trains with loss scaling")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; default PyTorch's own choice")
     max_minutes: float | None = Field(None, gt=0, description="time budget; the run ends cleanly after the step")
-    save_every_steps: int | None = Field(None, ge=1, description="steps between checkpoints; default the recipe's own")
+    save_every_steps: int | None = Field(None, ge=1, description="steps between checkpoints; null: five minutes")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay on disk")
     wandb: bool = Field(False, description="also log to Weights & Biases (extra 'wandb')")
     overwrite: bool = Field(False, description="replace an existing run of the same name")
@@ -86,8 +90,11 @@ class Run:
         self.stop_reason: StopReason | None = None
         self._lock = lock
         self._interrupt = InterruptFlag()
-        self._started = time.monotonic()
-        self.logger = RunLogger(folder, wandb=self.config.wandb, resume_step=self._resume_step())
+        self._started = self._last_saved = time.monotonic()
+        state = {} if resumed_from is None else resumed_from.state
+        self.logger = RunLogger(
+            folder, wandb=self.config.wandb, resume_step=self._resume_step(), resume_bytes=state.get("log_bytes")
+        )
 
     @classmethod
     def create(
@@ -97,25 +104,30 @@ class Run:
         run: RunConfig,
         lineage: Mapping[str, str] | None = None,
         data_files: Iterable[str | Path] = (),
+        fingerprints: Mapping[str, str] | None = None,
     ) -> Run:
         """Start a new run of a recipe; its whole record is on disk when this returns.
 
-        `lineage` names what the run starts from (`{"sft": "runs/sft-1"}`), `data_files` are hashed. Raises `UserError`,
-        with nothing written, when the device is absent, a data file is unreadable or the folder is already taken.
+        `lineage` names what the run starts from (`{"sft": "runs/sft-1"}`), `fingerprints` are the hashes of that;
+        `data_files` are hashed. Raises `UserError`, with nothing written, when the device is absent, a data file is
+        unreadable or the folder is already taken.
         """
-        info = _describe(recipe, run, lineage or {}, data_files)
+        info = _describe(recipe, run, lineage or {}, data_files) | {"fingerprints": dict(fingerprints or {})}
         folder = _folder_for(recipe, run)
-        _refuse_taken(folder, run.overwrite)
+        refuse_taken(folder, run.overwrite)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run folder '{folder}' cannot be made: {error.strerror}") from None
         lock = FolderLock(folder)
         try:
-            _empty(folder)
+            refuse_taken(folder, run.overwrite)  # another process may have been here since
+            with disk_errors_named(f"run folder '{folder}' could not be emptied"):
+                clear_run(folder)
             info["name"] = folder.name
             write_text(folder / CONFIG, to_yaml(config))
             write_json(folder / RUN_INFO, info)
+            (folder / OVERWRITTEN).unlink(missing_ok=True)
             seed_everything(run.seed)
             return cls(folder, lock, info, resumed_from=None)
         except BaseException:
@@ -130,19 +142,21 @@ class Run:
         whose metrics count as written, otherwise the checkpoint's own step.
         """
         folder = Path(folder)
-        info = read_run_info(folder)
-        config = RunConfig.model_validate(info["run"])
+        config = RunConfig.model_validate(read_run_info(folder)["run"])
         check_dtype(resolve_device(config.device), config.dtype)
         lock = FolderLock(folder)
         try:
+            info = read_run_info(folder)  # again: whoever held the folder until now may have written it
             with warnings.catch_warnings(record=True) as damaged:
                 warnings.simplefilter("always")
                 checkpoint = CheckpointStore(folder / "checkpoints", keep=config.keep_checkpoints).latest()
             # The thread count decides the order of sums, so it is part of what the run is.
             set_num_threads(info["num_threads"])
             seed_everything(config.seed)
-            step = checkpoint.step if checkpoint else 0
-            info["resumed"] = [*info.get("resumed", []), {"at": utc_now(), "step": step}]
+            entry = {"at": utc_now(), "step": checkpoint.step if checkpoint else 0}
+            if checkpoint and checkpoint.part:
+                entry["part"] = checkpoint.part
+            info["resumed"] = [*info.get("resumed", []), entry]
             info |= {"status": "running", "ended": None, "stop_reason": None, "error": None}
             write_json(folder / RUN_INFO, info)
             run = cls(folder, lock, info, checkpoint)
@@ -151,7 +165,7 @@ class Run:
             raise
         for warning in damaged:
             run.logger.info(str(warning.message))
-        origin = f"the checkpoint of step {step}" if checkpoint else "the start: there is no good checkpoint"
+        origin = f"the checkpoint of {checkpoint.place}" if checkpoint else "the start: there is no good checkpoint"
         run.logger.info(f"resuming from {origin}")
         return run
 
@@ -170,6 +184,21 @@ class Run:
         elif self.config.max_minutes is not None and time.monotonic() - self._started > 60 * self.config.max_minutes:
             self.stop_reason = "max_minutes"
         return self.stop_reason is not None
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether this step ends with a checkpoint: by `save_every_steps`, or since the last one is minutes old."""
+        every = self.config.save_every_steps
+        if every is not None:
+            return step % every == 0
+        return time.monotonic() - self._last_saved > 60 * MINUTES_BETWEEN_CHECKPOINTS
+
+    def save(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], part: int = 0
+    ) -> Path:
+        """Write a checkpoint (see `CheckpointStore.save`) once the logs that lead to it are on the disk."""
+        folder = self.checkpoints.save(step, tensors, {**state, "log_bytes": self.logger.sync()}, part)
+        self._last_saved = time.monotonic()
+        return folder
 
     def finish(self, status: Status = "finished", error: str | None = None) -> None:
         """Record how the run ended, close its logs and let go of its folder; only the first call counts."""
@@ -192,10 +221,13 @@ class Run:
         self._interrupt.__exit__(kind, error, trace)
         if error is None:
             self.finish("interrupted" if self.stop_reason == "interrupted" else "finished")
-        elif isinstance(error, KeyboardInterrupt):
-            self.finish("interrupted")
-        else:
-            self.finish("failed", error=f"{type(error).__name__}: {error}")
+            return
+        interrupted = isinstance(error, KeyboardInterrupt)
+        # A disk that is full takes no record of that either: the error on its way out is the one to be told.
+        with suppress(UserError):
+            self.finish(
+                "interrupted" if interrupted else "failed", None if interrupted else f"{type(error).__name__}: {error}"
+            )
 
     def _resume_step(self) -> int | None:
         """Last step whose log lines stay; None for a new run, which has none to cut."""
@@ -242,28 +274,3 @@ def _folder_for(recipe: str, run: RunConfig) -> Path:
         count += 1
         folder = run.output_dir / f"{stem}-{count}"
     return folder
-
-
-def _refuse_taken(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"'{folder}' is a file, but the run needs a folder there; choose another run.name")
-    content = {path.name for path in folder.iterdir()} - {LOCK}
-    if not content:
-        return
-    if not overwrite:
-        raise UserError(f"run folder '{folder}' already exists; choose another run.name, resume it, or overwrite it")
-    if RUN_INFO not in content:
-        raise UserError(f"'{folder}' is not a run folder (it has no {RUN_INFO}), so it is not overwritten")
-
-
-def _empty(folder: Path) -> None:
-    """Remove the earlier run; the lock, which is ours by now, stays."""
-    for path in folder.iterdir():
-        if path.name == LOCK:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

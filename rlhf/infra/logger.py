@@ -10,19 +10,22 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import re
+import socket
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rlhf.infra.durable import write_text
+from rlhf.infra.durable import disk_errors_named, write_text
 from rlhf.infra.errors import UserError
 
 Metrics = Mapping[str, float]
@@ -39,6 +42,7 @@ class MetricSink(Protocol):
     """A further place for metrics; NaN and infinities arrive as they are."""
 
     def log(self, step: int, metrics: Metrics) -> None: ...
+    def sync(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -51,46 +55,67 @@ def terminal() -> Console:
 class RunLogger:
     """Writes the metrics and the sentences of one run.
 
-    `folder` is the run's. With `resume_step` everything that was logged after that step is cut first. `console`
-    switches sentences and progress bars on the terminal. Raises `UserError` when W&B is asked for but not installed.
+    `folder` is the run's. With `resume_step` everything that was logged after that step is cut first, and all sentences
+    beyond `resume_bytes` of `train.log` where that is known. `console` switches sentences and progress bars on the
+    terminal. Raises `UserError` when W&B is asked for but not installed, and when the disk takes no more.
     """
 
     def __init__(
-        self, folder: str | Path, wandb: bool = False, console: bool = True, resume_step: int | None = None
+        self,
+        folder: str | Path,
+        wandb: bool = False,
+        console: bool = True,
+        resume_step: int | None = None,
+        resume_bytes: int | None = None,
     ) -> None:
         self.folder = Path(folder)
         logs = self.folder / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
         metrics_path, text_path = logs / "train.jsonl", logs / "train.log"
-        if resume_step is not None:
-            cut_metrics_after(metrics_path, resume_step)
-            cut_text_after(text_path, resume_step)
-        self.last_step = resume_step or 0
-        self._sinks: list[MetricSink] = [TensorBoardSink(self.folder / "tb", resume_step)]
-        if wandb:
-            self._sinks.append(WandbSink(self.folder))
-        self._metrics_file = metrics_path.open("a", encoding="utf-8")
-        self._text_file = text_path.open("a", encoding="utf-8")
+        with self._disk_errors_named():
+            logs.mkdir(parents=True, exist_ok=True)
+            if resume_step is not None:
+                cut_metrics_after(metrics_path, resume_step)
+                cut_text_after(text_path, resume_step, resume_bytes)
+            self.last_step = resume_step or 0
+            self._sinks: list[MetricSink] = [TensorBoardSink(self.folder / "tb", resume_step)]
+            if wandb:
+                self._sinks.append(WandbSink(self.folder))
+            self._metrics_file = metrics_path.open("a", encoding="utf-8")
+            self._text_file = text_path.open("a", encoding="utf-8")
         self._to_console = console
         self._progress: Progress | None = None
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Record the metrics of a step, once per step and in rising order; on disk when this returns."""
+        """Record the metrics of a step, once per step and in rising order; a kill after this loses nothing of them."""
         row = {"step": step} | {name: _json_number(value) for name, value in metrics.items()}
-        self._metrics_file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        self._metrics_file.flush()
-        self.last_step = step
-        for sink in self._sinks:
-            sink.log(step, metrics)
+        with self._disk_errors_named():
+            self._metrics_file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            self._metrics_file.flush()
+            self.last_step = step
+            for sink in self._sinks:
+                sink.log(step, metrics)
 
     def info(self, text: str) -> None:
         """Record a sentence in `logs/train.log` with the time and the last logged step, and show it."""
         moment = datetime.now().isoformat(sep=" ", timespec="seconds")
-        for line in text.splitlines() or [""]:
-            self._text_file.write(f"{moment} step {self.last_step} | {line}\n")
-        self._text_file.flush()
+        with self._disk_errors_named():
+            for line in text.splitlines() or [""]:
+                self._text_file.write(f"{moment} step {self.last_step} | {line}\n")
+            self._text_file.flush()
         if self._to_console:
             terminal().print(text, markup=False)
+
+    def sync(self) -> int:
+        """Wait until all that was logged is on the disk, whatever happens to the machine; the bytes of `train.log`.
+
+        To be called before a checkpoint is written: a checkpoint must not be ahead of the logs that lead to it.
+        """
+        with self._disk_errors_named():
+            for file in (self._metrics_file, self._text_file):
+                os.fsync(file.fileno())
+            for sink in self._sinks:
+                sink.sync()
+            return os.fstat(self._text_file.fileno()).st_size
 
     @contextmanager
     def progress(self, description: str, total: int | None) -> Iterator[Advance]:
@@ -121,11 +146,12 @@ class RunLogger:
 
     def close(self) -> None:
         """Flush and close everything; closing twice is harmless."""
-        for sink in self._sinks:
-            sink.close()
-        self._sinks = []
-        self._metrics_file.close()
-        self._text_file.close()
+        with self._disk_errors_named(), ExitStack() as closing:  # each is closed even where another one cannot be
+            for sink in self._sinks:
+                closing.callback(sink.close)
+            closing.callback(self._metrics_file.close)
+            closing.callback(self._text_file.close)
+            self._sinks = []
 
     def __enter__(self) -> RunLogger:
         return self
@@ -135,22 +161,50 @@ class RunLogger:
     ) -> None:
         self.close()
 
+    def _disk_errors_named(self) -> AbstractContextManager[None]:
+        return disk_errors_named(
+            f"the logs in '{self.folder}' could not be written",
+            "; the checkpoints are untouched, so mend that and resume the run",
+        )
+
 
 class TensorBoardSink:
-    """Scalars for TensorBoard; on resume the points after the checkpoint disappear from its plots."""
+    """Scalars for TensorBoard; on resume the points after the checkpoint disappear from its plots.
+
+    TensorBoard's own writer would leave the records to a thread that may keep them for two minutes: a kill would lose
+    points from before the checkpoint, and nobody would hear of a full disk in time.
+    """
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 
-        purge_step = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Files are read in the order of their names, and "." comes before a digit: a later file, longer name or not.
+        self._file = (folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}").open("wb")
+        self._records = RecordWriter(self._file)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if resume_step is not None:  # readers drop what they have from this step on
+            self._write(
+                Event(wall_time=time.time(), step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+            )
 
     def log(self, step: int, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, float(value), step)
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+        self._file.flush()
 
 
 class WandbSink:
@@ -171,6 +225,9 @@ class WandbSink:
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log(dict(metrics), step=step)
+
+    def sync(self) -> None:
+        """Its points are on their way to a server, which keeps the first it got for a step."""
 
     def close(self) -> None:
         self._run.finish()
@@ -197,11 +254,12 @@ def cut_metrics_after(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def cut_text_after(path: Path, step: int) -> None:
-    """Drop the sentences of later steps from `train.log`."""
+def cut_text_after(path: Path, step: int, num_bytes: int | None = None) -> None:
+    """Drop the sentences of later steps from `train.log`, and whatever lies beyond its first bytes."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    content = path.read_bytes()[:num_bytes]
+    lines = content.decode("utf-8", errors="ignore").splitlines(keepends=True)
     steps = [int(match[1]) if (match := _LINE_STEP.match(line)) else 0 for line in lines]
     write_text(path, "".join(line for line, at in zip(lines, steps, strict=True) if at <= step and line.endswith("\n")))
 

@@ -6,8 +6,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ from rlhf.infra.errors import UserError
 RUN_INFO = "run.json"
 CONFIG = "config.yaml"
 LOCK = ".lock"
+OVERWRITTEN = ".overwritten.json"
 
+# All that a start leaves which was killed before run.json was there.
+_HALF_STARTED = {LOCK, CONFIG, f".{CONFIG}.partial", f".{RUN_INFO}.partial"}
 _PACKAGES = ("rlhf", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "pydantic")
 
 
@@ -38,13 +43,50 @@ class FolderLock:
             holder = self._file.read().strip() or "unknown"
             self._file.close()
             raise UserError(f"run folder '{folder}' is in use by process {holder}; wait for it or stop it first")
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(str(os.getpid()))
+            self._file.flush()
+        except OSError as error:
+            with suppress(OSError):  # closing tries to write once more
+                self._file.close()
+            raise UserError(f"run folder '{folder}' cannot be written: {error.strerror}") from None
 
     def release(self) -> None:
         """Let go; twice is harmless."""
         self._file.close()
+
+
+def refuse_taken(folder: Path, overwrite: bool) -> None:
+    """Raise `UserError` where a new run in this folder would cost what is there and `overwrite` does not ask for it."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is a file, but the run needs a folder there; choose another run.name")
+    content = {path.name for path in folder.iterdir()}
+    if content <= {LOCK} or (LOCK in content and content <= _HALF_STARTED):
+        return
+    if not overwrite:
+        raise UserError(f"run folder '{folder}' already exists; choose another run.name, resume it, or overwrite it")
+    if not content & {RUN_INFO, OVERWRITTEN}:
+        raise UserError(f"'{folder}' is not a run folder (it has no {RUN_INFO}), so it is not overwritten")
+
+
+def clear_run(folder: Path) -> None:
+    """Remove the earlier run; the lock, which is ours by now, stays.
+
+    Its `run.json` gets another name first and goes last, by the caller's hand: killed in between, the folder is neither
+    taken for a whole run nor for somebody's files.
+    """
+    if (folder / RUN_INFO).exists():
+        os.replace(folder / RUN_INFO, folder / OVERWRITTEN)
+    for path in folder.iterdir():
+        if path.name in (LOCK, OVERWRITTEN):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _lock(descriptor: int) -> bool:

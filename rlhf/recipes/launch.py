@@ -1,4 +1,7 @@
-"""Starting and resuming a stage: what can be refused is refused before anything is written."""
+"""Starting and resuming a stage: what can be refused is refused before anything is written.
+
+A disk that takes no more ends a stage with one sentence, wherever it happens; the newest checkpoint stays good.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ import torch
 
 from rlhf.infra.config import Config, refuse_idle_keys
 from rlhf.infra.device import resolve_device, set_num_threads
+from rlhf.infra.durable import disk_errors_named
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.infra.interrupt import Stopped
 from rlhf.infra.profiling import peak_memory_mb, reset_peak_memory
+from rlhf.recipes.lineage import fingerprints, refuse_changed
 from rlhf.recipes.supervised import Progress
 
 Parts = TypeVar("Parts")
@@ -40,7 +45,8 @@ def launch(
     tokens, steps and peak memory are kept in `run.json` under `cost`.
 
     Raises:
-        UserError: models, data or settings cannot serve; nothing was written (bad rows excepted).
+        UserError: models, data or settings cannot serve, or, on resuming, are not those of the start; nothing was
+            written (bad rows excepted). Also when the disk takes no more: then the checkpoints are as they were.
         Stopped: Ctrl-C; a checkpoint was written.
     """
     refuse_idle_keys(config)
@@ -50,8 +56,13 @@ def launch(
     started = time.perf_counter()
     aside = settings.output_dir / f"{settings.name or recipe}.{REJECTED_ROWS}"
     parts = prepare(config, device, aside)
-    run = Run.open(resume) if resume is not None else Run.create(recipe, config, settings, lineage, data_files)
-    with run:
+    found, files = fingerprints(lineage or {}, settings.output_dir), list(data_files)
+    if resume is not None:
+        refuse_changed(resume, found, files)
+        run = Run.open(resume)
+    else:
+        run = Run.create(recipe, config, settings, lineage, files, found)
+    with run, disk_errors_named(f"run '{run.folder}' could not write", f"; mend that and go on: {run.resume_command}"):
         if aside.is_file():
             aside.replace(run.folder / REJECTED_ROWS)
         steps, tokens = train(config, run, parts)

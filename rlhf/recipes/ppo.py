@@ -4,7 +4,8 @@
 
 One frozen base carries policy, reference, value and reward (see `rlhf.models.backbone`). Log-probabilities and values
 of the samples are kept from generation; the reference is asked once per rollout; the update makes several epochs of
-mini-batches over the experience and ends early when the policy has moved far enough.
+mini-batches over the experience and ends early when the policy has moved far enough. A run can be taken up between any
+two of them (see `rlhf.recipes.ppo_state`).
 
 Left out on purpose: a pre-training loss mixed in (PPO-ptx), an exponential average of the weights, critic warm-up.
 Legend: B sequences, R response tokens.
@@ -14,21 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlhf.algo.advantages import gae
-from rlhf.algo.kl import KLController
-from rlhf.algo.masked import masked_whiten
+from rlhf.algo.kl import MAX_LOG_RATIO, KLController
+from rlhf.algo.masked import masked_sum, masked_whiten
 from rlhf.algo.ppo_loss import entropy_loss, kl_from_old, policy_loss, value_loss
-from rlhf.algo.trainer import LossOutput, StepReport, Trainer
+from rlhf.algo.trainer import LossOutput, Trainer
 from rlhf.data.chat import ChatEncoder
 from rlhf.data.collate import batches_by_tokens
 from rlhf.data.order import epoch_order
 from rlhf.data.prompt_dataset import PromptDataset, PromptExample, gather_columns
-from rlhf.infra.determinism import derive_seed, rng_state, seed_everything
+from rlhf.infra.determinism import derive_seed, seed_everything
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.infra.profiling import PhaseTimer
@@ -36,9 +38,10 @@ from rlhf.models.decoding import text_before_stop
 from rlhf.models.policy import Policy
 from rlhf.models.reference import Reference
 from rlhf.recipes.launch import launch
+from rlhf.recipes.nonfinite import NonFiniteGuard
 from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.ppo_report import PPOReport
-from rlhf.recipes.ppo_state import load_state, save_state
+from rlhf.recipes.ppo_state import Progress, Rollout, load_state, save_state
 from rlhf.recipes.sft import announce
 from rlhf.recipes.stages import POLICY, build_reward, save_policy, start_policy
 from rlhf.rewards.detectors import refusal_flags, repetition_share
@@ -46,17 +49,6 @@ from rlhf.rewards.protocol import CombinedReward, Scores
 from rlhf.rewards.shaping import RunningMoments, ShapedScores, shape_scores, token_rewards
 from rlhf.rollout.sampler import Sampler
 from rlhf.rollout.trajectory import Experience, Trajectory
-
-
-@dataclass
-class Progress:
-    """What changes from iteration to iteration besides weights and optimizer; all of it is in a checkpoint."""
-
-    step: int
-    kl: KLController
-    moments: RunningMoments
-    tokens: int = 0
-    first_length: float | None = None
 
 
 class PPO:
@@ -91,28 +83,35 @@ class PPO:
         self.progress = Progress(0, KLController.from_config(config.kl), RunningMoments())
         self.timer = PhaseTimer(run.device)
         self.report = PPOReport(run, self.timer)
+        self.guard = NonFiniteGuard(run, self.trainer)
         if run.resumed_from is not None:
-            load_state(run.resumed_from, self.policy, self.trainer, self.progress)
+            load_state(run.resumed_from, self.trainer, self.progress, policy.backbone.device)
 
     def train(self) -> Progress:
-        """Iterate to the end or to a stop request."""
+        """Iterate to the end or to a stop request.
+
+        Raises:
+            NonFiniteError: too many updates in a row were not finite; the last good weights are in a checkpoint.
+        """
         total = self.config.ppo.num_iterations
         with self.run.logger.progress("PPO", total) as advance:
             advance(self.progress.step)
             while self.progress.step < total:
-                batch = self.next_prompts()
-                trajectory = self.sample(batch)
-                scores = self.score(batch, trajectory)
-                shaped = self.shape(batch, trajectory, scores)
-                experience = self.estimate_advantages(trajectory, scores, shaped)
-                updates = self.update(experience)
-                self.progress = self.advanced(experience)
-                self.report.log(self.progress, experience, scores, shaped, updates, self.trainer)
+                if self.progress.rollout is None:  # it is there when the run was stopped inside its inner epochs
+                    batch = self.next_prompts()
+                    trajectory = self.sample(batch)
+                    scores = self.score(batch, trajectory)
+                    shaped = self.shape(batch, trajectory, scores)
+                    experience = self.estimate_advantages(trajectory, scores, shaped)
+                    self.progress.rollout = Rollout(experience, scores, shaped)
+                rollout, updates = self.progress.rollout, self.progress.updates
+                self.update(rollout.experience)
+                self.progress = self.advanced(rollout.experience)
+                self.report.log(self.progress, rollout, updates, self.trainer)
                 advance(1, reward=self.report.last["reward/mean"], kl=self.report.last["kl/mean"])
                 stopping = self.run.should_stop()
-                if stopping or self.checkpoint_due() or self.progress.step == total:
-                    with self.timer("save"):
-                        save_state(self.run.checkpoints, self.policy, self.trainer, self.progress, rng_state())
+                if stopping or self.run.checkpoint_due(self.progress.step) or self.progress.step == total:
+                    self.save()
                 if stopping:
                     break
         return self.progress
@@ -197,21 +196,38 @@ class PPO:
                 (trajectory.logprobs_BR - reference_BR).sum(dim=1),
             )
 
-    def update(self, experience: Experience) -> list[StepReport]:
-        """Epochs of mini-batches; the rest is left out once the mean k3 estimate of KL(old, new) passes the bound."""
-        settings, reports = self.config.ppo, list[StepReport]()
-        with self.timer("update"):
-            for epoch in range(settings.num_ppo_epochs):
-                order = epoch_order(
-                    len(experience), derive_seed(self.run.config.seed, "mini", self.progress.step), epoch
-                )
-                for mini in torch.tensor(order, device=experience.scores_B.device).chunk(settings.num_mini_batches):
-                    part = experience.select(mini)
-                    reports.append(self.trainer.step(self._micro_batches(part), self._loss(part)))
-                    bound = settings.target_kl
-                    if bound is not None and reports[-1].metrics["policy/kl_old_new"] > bound:
-                        return reports
-        return reports
+    def update(self, experience: Experience) -> None:
+        """Epochs of mini-batches; the rest is left out once the mean k3 estimate of KL(old, new) passes the bound.
+
+        Those that were done before the run was interrupted are in `progress.updates` and are not done again.
+        """
+        bound, every, done = self.config.ppo.target_kl, self.config.ppo.save_every_updates, self.progress.updates
+        mini_batches = self._mini_batches(len(experience))
+        for mini in mini_batches[len(done) :]:
+            part = experience.select(mini)
+            with self.timer("update"):
+                micro_batches, loss = self._micro_batches(part), self._loss(part)
+                done.append(self.trainer.step(micro_batches, loss))
+            if done[-1].skipped:
+                self.guard.examine(done[-1], micro_batches, loss)
+            if self.trainer.exhausted:
+                self.save()
+            self.guard.stop_if_exhausted()
+            if bound is not None and done[-1].metrics["policy/kl_old_new"] > bound:
+                return
+            if every is not None and len(done) % every == 0 and len(done) < len(mini_batches):
+                self.save()
+
+    def _mini_batches(self, num_rows: int) -> list[Tensor]:
+        """Row numbers of every update of an iteration, in order."""
+        settings, device = self.config.ppo, self.policy.backbone.device
+        seed = derive_seed(self.run.config.seed, "mini", self.progress.step)
+        orders = [epoch_order(num_rows, seed, epoch) for epoch in range(settings.num_ppo_epochs)]
+        return [
+            mini
+            for order in orders
+            for mini in torch.tensor(order, device=device).tensor_split(settings.num_mini_batches)
+        ]
 
     def _loss(self, part: Experience) -> Callable[[Experience], LossOutput]:
         num_tokens = part.trajectory.response_mask_BR.sum()
@@ -236,17 +252,20 @@ class PPO:
                 now.values_BR, micro.values_BR, micro.returns_BR, mask_BR, num_tokens, settings.clip_range_value
             )
             entropy_term = entropy_loss(now.entropy_BR, mask_BR, num_tokens)
+            apart_BR = log_ratio_BR.detach()
+            deviation_BR = (apart_BR.exp() - 1).abs().where(mask_BR, 0.0)
             total = policy_term.loss + settings.vf_coef * value_term.loss + settings.entropy_coef * entropy_term
             metrics = {
                 "policy/loss": policy_term.loss.detach(),
                 "policy/clip_fraction": policy_term.clip_fraction,
                 "policy/kl_old_new": kl_from_old(log_ratio_BR, mask_BR, num_tokens),
-                "policy/ratio_deviation": (log_ratio_BR.detach().exp() - 1).abs()[mask_BR].sum() / num_tokens,
+                "policy/ratio_deviation": deviation_BR.sum() / num_tokens,
+                "policy/clamped_share": masked_sum((apart_BR.abs() > MAX_LOG_RATIO).float(), mask_BR) / num_tokens,
                 "policy/entropy_in_update": -entropy_term.detach(),
                 "value/loss": value_term.loss.detach(),
                 "value/clip_fraction": value_term.clip_fraction,
             }
-            return LossOutput(total, metrics)
+            return LossOutput(total, metrics, {"policy/ratio_deviation_max": deviation_BR.max()})
 
         return loss
 
@@ -256,19 +275,22 @@ class PPO:
         return [part.select(torch.tensor(group, device=part.scores_B.device)) for group in groups]
 
     def advanced(self, experience: Experience) -> Progress:
-        """The state after this iteration: the KL coefficient follows the batch just measured."""
+        """The state after this iteration: the KL coefficient follows the batch just measured, where that has a KL."""
         mean_kl, tokens = float(experience.kl_B.mean()), int(experience.trajectory.response_mask_BR.sum())
         return replace(
             self.progress,
             step=self.progress.step + 1,
-            kl=self.progress.kl.updated(mean_kl, len(experience)),
+            kl=self.progress.kl.updated(mean_kl, len(experience)) if isfinite(mean_kl) else self.progress.kl,
             tokens=self.progress.tokens + tokens,
             first_length=self.progress.first_length or float(experience.trajectory.lengths_B.float().mean()),
+            rollout=None,
+            updates=[],
         )
 
-    def checkpoint_due(self) -> bool:
-        every = self.run.config.save_every_steps
-        return every is not None and self.progress.step % every == 0
+    def save(self) -> None:
+        """A checkpoint of this very place."""
+        with self.timer("save"):
+            save_state(self.run, self.trainer, self.progress)
 
     @torch.no_grad()
     def recomputed(self, trajectory: Trajectory) -> Trajectory:

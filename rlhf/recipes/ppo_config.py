@@ -46,6 +46,9 @@ class PPOSettings(Config):
     recompute_logprobs: bool = Field(False, description="old log-probs from a forward pass instead of from generation")
     value_head: Literal["linear", "mlp"] = Field("linear", description="the critic's last layers")
     value_adapter: bool = Field(False, description="an adapter of the critic's own instead of the policy's trunk")
+    save_every_updates: int | None = Field(
+        None, ge=1, description="optimizer steps between checkpoints inside an iteration; null: at its end only"
+    )
 
     @model_validator(mode="after")
     def _mini_batches_have_rows(self) -> PPOSettings:

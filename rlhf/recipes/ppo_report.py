@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rlhf.algo.kl import clamped_share
-from rlhf.algo.trainer import StepReport, Trainer, mean_reports
+from rlhf.algo.trainer import StepReport, Trainer, mean_loss, mean_reports, taken
 from rlhf.infra.experiment import Run
 from rlhf.infra.profiling import PhaseTimer, peak_memory_mb, per_second
-from rlhf.rewards.protocol import Scores
-from rlhf.rewards.shaping import ShapedScores
+from rlhf.recipes.ppo_state import Progress, Rollout
 from rlhf.rollout.trajectory import Experience
-
-if TYPE_CHECKING:
-    from rlhf.recipes.ppo import Progress
 
 
 class PPOReport:
@@ -26,26 +21,21 @@ class PPOReport:
     def __init__(self, run: Run, timer: PhaseTimer) -> None:
         self.run, self.timer, self.last = run, timer, dict[str, float]()
 
-    def log(
-        self,
-        progress: Progress,
-        experience: Experience,
-        scores: Scores,
-        shaped: ShapedScores,
-        updates: Sequence[StepReport],
-        trainer: Trainer,
-    ) -> None:
-        line = reward_metrics(experience, scores, shaped) | shaped.metrics | text_metrics(experience, progress)
+    def log(self, progress: Progress, rollout: Rollout, updates: Sequence[StepReport], trainer: Trainer) -> None:
+        experience = rollout.experience
+        line = reward_metrics(rollout) | rollout.shaped.metrics | text_metrics(experience, progress)
         line |= value_metrics(experience) | mean_reports(updates)
         line |= {
             "kl/coefficient": progress.kl.coefficient,
+            # The first update is made by the policy that sampled: its ratio is 1 but for rounding.
             "policy/logprob_gap": updates[0].metrics["policy/ratio_deviation"],
+            "policy/logprob_gap_max": updates[0].maxima["policy/ratio_deviation_max"],
             "train/optimizer_steps": trainer.step_count,
             "train/updates_this_iteration": len(updates),
             "train/skipped_steps": trainer.skipped_count,
             "train/learning_rate": updates[-1].learning_rate,
-            "train/grad_norm": sum(u.grad_norm for u in updates) / len(updates),
-            "train/loss": sum(u.loss for u in updates) / len(updates),
+            "train/grad_norm": sum(u.grad_norm for u in taken(updates)) / len(taken(updates)),
+            "train/loss": mean_loss(updates),
             "train/tokens": progress.tokens,
         }
         line |= self._speed(experience)
@@ -63,12 +53,15 @@ class PPOReport:
         return line
 
 
-def reward_metrics(experience: Experience, scores: Scores, shaped: ShapedScores) -> dict[str, float]:
+def reward_metrics(rollout: Rollout) -> dict[str, float]:
     """Scores as the rewards gave them and after shaping, each term by name, and the KL per response."""
+    experience, scores, shaped = rollout.experience, rollout.scores, rollout.shaped
     kl_B = experience.kl_B.float()
     line = {
         "reward/mean": _mean(experience.scores_B),
         "reward/std": _std(experience.scores_B),
+        "reward/min": float(experience.scores_B.min()),
+        "reward/max": float(experience.scores_B.max()),
         "reward/shaped_mean": _mean(shaped.scores_B),
         "reward/return_mean": _mean(experience.rewards_BR.sum(dim=1)),
         "kl/mean": _mean(kl_B),

@@ -1,46 +1,77 @@
-"""What a PPO checkpoint holds, and how a run takes it up again."""
+"""What a PPO run carries from one optimizer step to the next, and how a checkpoint holds it.
+
+A checkpoint between iterations holds no experience. One inside an iteration holds the experience that is being learnt
+from, what the iteration's line of the log needs besides, and how many of its updates are done.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from rlhf.algo.trainer import Trainer
-from rlhf.infra.checkpoint import Checkpoint, CheckpointStore
-from rlhf.infra.determinism import restore_rng_state
-from rlhf.models.policy import Policy
-from rlhf.rewards.shaping import RunningMoments
+from rlhf.algo.kl import KLController
+from rlhf.algo.trainer import StepReport, Trainer
+from rlhf.infra.checkpoint import Checkpoint
+from rlhf.infra.determinism import restore_rng_state, rng_state
+from rlhf.infra.experiment import Run
+from rlhf.rewards.protocol import Scores
+from rlhf.rewards.shaping import RunningMoments, ShapedScores
+from rlhf.rollout.trajectory import Experience, Trajectory
 
-if TYPE_CHECKING:
-    from rlhf.recipes.ppo import Progress
+
+@dataclass(frozen=True)
+class Rollout:
+    """What an iteration sampled and made of it: to learn from, and to report."""
+
+    experience: Experience
+    scores: Scores
+    shaped: ShapedScores
 
 
-def save_state(
-    store: CheckpointStore, policy: Policy, trainer: Trainer, progress: Progress, rng: Mapping[str, Any]
-) -> Path:
-    """Write weights, critic, optimizer, schedule, KL coefficient, running moments, counters and generators.
+@dataclass
+class Progress:
+    """What changes besides weights and optimizer; all of it is in a checkpoint.
+
+    `step` counts finished iterations. `rollout` is what the inner epochs under way learn from, None between iterations,
+    and `updates` are the optimizer steps made from it so far.
+    """
+
+    step: int
+    kl: KLController
+    moments: RunningMoments
+    tokens: int = 0
+    first_length: float | None = None
+    rollout: Rollout | None = None
+    updates: list[StepReport] = field(default_factory=list)
+
+
+def save_state(run: Run, trainer: Trainer, progress: Progress) -> Path:
+    """Write weights, critic, optimizer, schedule, KL coefficient, running moments, counters, generators and rollout.
 
     Prompt order and sampling noise are functions of seed and step, so the step number stands for them.
     """
     optimizer, plain = trainer.state()
-    weights = {name: p.detach() for name, p in trainer.parameters.items()}
-    state = {
+    tensors = {"weights": {name: p.detach() for name, p in trainer.parameters.items()}, "optimizer": optimizer}
+    state: dict[str, Any] = {
         "trainer": plain,
-        "rng": dict(rng),
+        "rng": rng_state(),
         "kl_coefficient": progress.kl.coefficient,
         "moments": asdict(progress.moments),
         "tokens": progress.tokens,
         "first_length": progress.first_length,
     }
-    return store.save(progress.step, {"weights": weights, "optimizer": optimizer}, state)
+    if progress.rollout is not None:
+        tensors["rollout"], state["rollout"] = _taken_apart(progress.rollout)
+        state["updates"] = [asdict(report) for report in progress.updates]
+    return run.save(progress.step, tensors, state, part=len(progress.updates))
 
 
 @torch.no_grad()
-def load_state(checkpoint: Checkpoint, policy: Policy, trainer: Trainer, progress: Progress) -> None:
+def load_state(checkpoint: Checkpoint, trainer: Trainer, progress: Progress, device: torch.device) -> None:
     """Put everything back where `save_state` found it."""
     tensors, state = checkpoint.tensors("weights"), checkpoint.state
     for name, parameter in trainer.parameters.items():
@@ -50,4 +81,34 @@ def load_state(checkpoint: Checkpoint, policy: Policy, trainer: Trainer, progres
     progress.kl = replace(progress.kl, coefficient=state["kl_coefficient"])
     progress.moments = RunningMoments(**state["moments"])
     progress.tokens, progress.first_length = state["tokens"], state["first_length"]
+    if "rollout" in state:
+        on_device = {name: tensor.to(device) for name, tensor in checkpoint.tensors("rollout").items()}
+        progress.rollout = _put_together(on_device, state["rollout"])
+        progress.updates = [StepReport(**report) for report in state["updates"]]
     restore_rng_state(state["rng"])
+
+
+def _taken_apart(rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a rollout by name, and everything else in it."""
+    experience, trajectory = vars(rollout.experience), vars(rollout.experience.trajectory)
+    tensors = {f"trajectory.{name}": value for name, value in trajectory.items() if isinstance(value, Tensor)}
+    tensors |= {f"experience.{name}": value for name, value in experience.items() if isinstance(value, Tensor)}
+    tensors["shaped_scores_B"] = rollout.shaped.scores_B
+    plain = {
+        "trajectory": {name: value for name, value in trajectory.items() if not isinstance(value, Tensor)},
+        "scores": asdict(rollout.scores),
+        "shaping_metrics": rollout.shaped.metrics,
+    }
+    return tensors, plain
+
+
+def _put_together(tensors: dict[str, Tensor], plain: dict[str, Any]) -> Rollout:
+    def below(prefix: str) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    trajectory = Trajectory(**below("trajectory."), **plain["trajectory"])
+    return Rollout(
+        Experience(trajectory, **below("experience.")),
+        Scores(**plain["scores"]),
+        ShapedScores(tensors["shaped_scores_B"], plain["shaping_metrics"]),
+    )

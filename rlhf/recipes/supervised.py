@@ -10,19 +10,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rlhf.algo.trainer import LossOutput, StepReport, Trainer
+from rlhf.algo.trainer import LossOutput, StepReport, Trainer, mean_loss, mean_reports
 from rlhf.data.order import epoch_order
 from rlhf.infra.config import Config
 from rlhf.infra.determinism import derive_seed, restore_rng_state, rng_state, seed_everything
 from rlhf.infra.experiment import Run
 from rlhf.infra.profiling import PhaseTimer, peak_memory_mb, per_second
+from rlhf.recipes.nonfinite import NonFiniteGuard
 
 MicroBatch = TypeVar("MicroBatch")
 
@@ -113,30 +114,37 @@ class SupervisedLoop(Generic[MicroBatch]):
         self.run, self.trainer, self.config, self.method, self.name = run, trainer, config, method, name
         self.num_steps = config.num_steps(method.num_rows)
         self.progress = Progress()
+        self.reports: list[StepReport] = []  # of the steps since the last line of the log
         self.best: dict[str, Tensor] = {}
+        self.guard = NonFiniteGuard(run, trainer)
         self.timer = PhaseTimer(run.device)
         if run.resumed_from is not None:
             self._restore(run)
 
     def train(self) -> Progress:
-        """Run to the end, to a stop request, or until patience is spent. Returns where training stands."""
+        """Run to the end, to a stop request, or until patience is spent. Returns where training stands.
+
+        Raises:
+            NonFiniteError: too many steps in a row were not finite; the last good weights are in a checkpoint.
+        """
         started = time.perf_counter()
-        reports: list[StepReport] = []
         with self.run.logger.progress(self.name, self.num_steps) as advance:
             advance(self.progress.step)
             while self.progress.step < self.num_steps and not self.progress.done:
                 report = self._one_step()
-                reports.append(report)
+                self.reports.append(report)
                 metrics = self._validated() if self._validation_due() else {}
                 if self.progress.step % self.config.logging_steps == 0 or metrics or self._last_step():
-                    self._log(reports, metrics)
-                    reports = []
+                    self._log(self.reports, metrics)
+                    self.reports = []
                 advance(1, loss=report.loss)
                 stopping = self.run.should_stop()
-                if self._checkpoint_due() or stopping or self._last_step():
+                due = self.run.checkpoint_due(self.progress.step) or self.trainer.exhausted
+                if due or stopping or self._last_step():
                     self.progress.seconds += time.perf_counter() - started
                     started = time.perf_counter()
                     self.save()
+                self.guard.stop_if_exhausted()
                 if stopping:
                     break
         if self.best:
@@ -144,12 +152,16 @@ class SupervisedLoop(Generic[MicroBatch]):
         return self.progress
 
     def _one_step(self) -> StepReport:
-        seed_everything(derive_seed(self.run.config.seed, self.name, self.progress.step))
+        seed = derive_seed(self.run.config.seed, self.name, self.progress.step)
+        seed_everything(seed)
         rows = self._rows(self.progress.step)
         with self.timer("update"):
-            report = self.trainer.step(self.method.micro_batches(rows), self.method.loss(rows))
+            micro_batches, loss = self.method.micro_batches(rows), self.method.loss(rows)
+            report = self.trainer.step(micro_batches, loss)
         self.progress.step += 1
         self.progress.tokens += self.method.num_tokens(rows)
+        if report.skipped:
+            self.guard.examine(report, micro_batches, loss, seed)
         return report
 
     def _rows(self, step: int) -> list[int]:
@@ -190,10 +202,9 @@ class SupervisedLoop(Generic[MicroBatch]):
         last = reports[-1]
         seconds = self.timer.seconds()
         self.timer.reset()
-        names = sorted({name for report in reports for name in report.metrics})
-        line = {name: sum(r.metrics[name] for r in reports) / len(reports) for name in names}
+        line = mean_reports(reports)
         line |= {
-            "train/loss": sum(r.loss for r in reports) / len(reports),
+            "train/loss": mean_loss(reports),
             "train/grad_norm": last.grad_norm,
             "train/learning_rate": last.learning_rate,
             "train/skipped_steps": self.trainer.skipped_count,
@@ -205,20 +216,19 @@ class SupervisedLoop(Generic[MicroBatch]):
         line |= {f"time/{phase}": value for phase, value in seconds.items()}
         self.run.logger.log(self.progress.step, line | dict(validation))
 
-    def _checkpoint_due(self) -> bool:
-        every = self.run.config.save_every_steps
-        return every is not None and self.progress.step % every == 0
-
     def save(self) -> None:
         """Write everything needed to go on."""
         optimizer, plain = self.trainer.state()
-        state: dict[str, Any] = {"progress": vars(self.progress), "trainer": plain, "rng": rng_state()}
+        state: dict[str, Any] = {
+            "progress": vars(self.progress),
+            "reports": [asdict(report) for report in self.reports],
+            "trainer": plain,
+            "rng": rng_state(),
+        }
         if math.isinf(self.progress.best_badness):
             state["progress"] = vars(self.progress) | {"best_badness": None}
         weights = {name: p.detach() for name, p in self.trainer.parameters.items()}
-        self.run.checkpoints.save(
-            self.progress.step, {"weights": weights, "optimizer": optimizer, "best": self.best}, state
-        )
+        self.run.save(self.progress.step, {"weights": weights, "optimizer": optimizer, "best": self.best}, state)
 
     def _restore(self, run: Run) -> None:
         checkpoint = run.resumed_from
@@ -227,6 +237,7 @@ class SupervisedLoop(Generic[MicroBatch]):
         if progress["best_badness"] is None:
             progress["best_badness"] = math.inf
         self.progress = Progress(**progress)
+        self.reports = [StepReport(**report) for report in checkpoint.state.get("reports", [])]
         _copy_into(self.trainer.parameters, checkpoint.tensors("weights"))
         self.best = {name: tensor.to(run.device) for name, tensor in checkpoint.tensors("best").items()}
         self.trainer.restore(checkpoint.tensors("optimizer"), checkpoint.state["trainer"])

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf.algo.trainer import LossOutput, NonFiniteError, OptimizerConfig, StepReport, Trainer, mean_reports
+from rlhf.algo.trainer import (
+    LossOutput,
+    NonFiniteError,
+    OptimizerConfig,
+    StepReport,
+    Trainer,
+    largest,
+    mean_loss,
+    mean_reports,
+)
 
 
 def small_model() -> nn.Sequential:
@@ -111,18 +120,22 @@ def test_a_non_finite_step_is_skipped_and_counted(poison: float) -> None:
     bad[0, 0] = poison
     first = trainer.step([rows(), bad], squared(model))
     assert first.skipped and not (math.isfinite(first.loss) and math.isfinite(first.grad_norm))
+    assert first.culprit is not None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not trainer.optimizer.state  # no moment has seen the gradient either
     good = trainer.step([rows()], squared(model))
-    assert not good.skipped and good.learning_rate == pytest.approx(0.09)  # the schedule went on
+    assert not good.skipped and good.culprit is None
+    assert good.learning_rate == pytest.approx(0.09)  # the schedule went on
     assert (trainer.step_count, trainer.skipped_count, trainer.skipped_in_a_row) == (2, 1, 0)
-    trainer.step([bad], squared(model))
-    trainer.step([bad], squared(model))
-    with pytest.raises(
-        NonFiniteError, match=r"3 optimizer steps in a row were not finite, first in the gradient of 0\."
-    ):
-        trainer.step([bad], squared(model))
+    after = copy.deepcopy(model.state_dict())
+    assert trainer.step([bad], squared(model)).skipped and not trainer.exhausted
+    assert trainer.step([bad], squared(model)).skipped and not trainer.exhausted
+    assert trainer.step([bad], squared(model)).skipped and trainer.exhausted
     assert trainer.skipped_count == 4
+    with pytest.raises(NonFiniteError, match="3 optimizer steps in a row were not finite"):
+        trainer.step([rows()], squared(model))
+    assert trainer.step_count == 5
+    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("factor", [1.0, math.nan])
@@ -141,9 +154,77 @@ def test_a_non_finite_gradient_is_skipped_and_named_even_under_a_finite_loss(fac
 
     report = trainer.step([rows()], loss)
     assert report.skipped and report.loss == 0.0
+    assert report.culprit == "the gradient of 2.bias"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(NonFiniteError, match=r"the gradient of 2\.bias"):
-        trainer.step([rows()], loss)
+
+
+def test_gradients_that_are_finite_but_whose_norm_is_not_are_skipped() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    trainer = trainer_of(model)
+    report = trainer.step([torch.ones(1, 2)], lambda part: LossOutput(1e30 * model(part).sum()))
+    assert report.skipped and math.isfinite(report.loss) and math.isinf(report.grad_norm)
+    assert report.culprit == "the norm of all gradients, each of them finite"
+    assert torch.equal(model.weight, before)
+
+
+def test_skipped_steps_call_for_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    model = small_model()
+    trainer = trainer_of(model)
+    trainer.step([rows() * math.nan], squared(model))
+    trainer.step([rows()], squared(model))
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_loss_scaling_changes_no_step_and_an_overflow_lowers_the_scale() -> None:
+    scaled, plain = small_model().float(), small_model().float()
+    inputs = rows().float()
+    first = Trainer(dict(scaled.named_parameters()), OptimizerConfig(learning_rate=0.1), 10, scale_loss=True)
+    second = trainer_of(plain, learning_rate=0.1)
+    assert first.scaler.get_scale() == 65536.0
+    # A loss that is finite itself but not 65536 times: the gradients overflow, as they do in float16.
+    overflow = first.step([inputs], lambda part: LossOutput(1e35 * scaled(part).sum()))
+    assert overflow.skipped and math.isfinite(overflow.loss)
+    assert first.scaler.get_scale() == 32768.0 and not first.optimizer.state
+    second.step([inputs * math.nan], squared(plain))
+    for _ in range(3):
+        one, other = first.step([inputs], squared(scaled)), second.step([inputs], squared(plain))
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-6) and not one.skipped
+    for a, b in zip(scaled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    tensors, state = first.state()
+    again = Trainer(dict(scaled.named_parameters()), OptimizerConfig(learning_rate=0.1), 10, scale_loss=True)
+    again.restore(tensors, state)
+    assert again.scaler.get_scale() == 32768.0
+
+
+def test_an_exhausted_trainer_that_is_restored_has_all_its_tries_again() -> None:
+    model = small_model()
+    trainer = trainer_of(model, max_nonfinite_steps=2)
+    bad = rows() * math.nan
+    trainer.step([bad], squared(model))
+    tensors, state = trainer.state()
+    again = trainer_of(model, max_nonfinite_steps=2)
+    again.restore(tensors, state)
+    assert (again.skipped_count, again.skipped_in_a_row) == (1, 1)  # taken up in between, the count goes on
+    trainer.step([bad], squared(model))
+    assert trainer.exhausted
+    again.restore(*trainer.state())
+    assert (again.skipped_count, again.skipped_in_a_row, again.step_count) == (2, 0, 2)
+    assert not again.step([rows()], squared(model)).skipped
+
+
+@pytest.mark.parametrize(("values", "expected"), [([1.0, 5.0, 3.0], 5.0), ([-4.0, -2.0], -2.0)])
+def test_a_maximum_is_that_of_all_micro_batches(values: list[float], expected: float) -> None:
+    model = small_model()
+    parts = [rows() * 0 + value for value in values]
+
+    def loss(part: Tensor) -> LossOutput:
+        return LossOutput(model(part).sum(), {"sum": part[0, 0]}, {"largest": part[0, 0]})
+
+    report = trainer_of(model).step(parts, loss)
+    assert report.maxima == {"largest": expected}
+    assert report.metrics == {"sum": sum(values)}
 
 
 def test_state_and_restore_go_on_bit_for_bit() -> None:
@@ -170,7 +251,18 @@ def test_nothing_to_train_is_refused() -> None:
 
 def test_metrics_of_steps_are_averaged_where_they_exist() -> None:
     reports = [
-        StepReport(1, 0.0, 0.0, 0.0, False, {"a": 1.0}),
-        StepReport(2, 0.0, 0.0, 0.0, False, {"a": 3.0, "b": 5.0}),
+        StepReport(1, 2.0, 0.0, 0.0, False, {"a": 1.0}, {"m": 7.0}),
+        StepReport(2, 4.0, 0.0, 0.0, False, {"a": 3.0, "b": 5.0}, {"m": -1.0}),
     ]
-    assert mean_reports(reports) == {"a": 2.0, "b": 5.0}
+    assert mean_reports(reports) == {"a": 2.0, "b": 5.0, "m": 7.0}
+    assert mean_loss(reports) == 3.0
+
+
+def test_a_skipped_step_spoils_no_mean_unless_it_stands_alone() -> None:
+    bad = StepReport(1, math.nan, math.nan, 0.0, True, {"a": math.nan}, {"m": math.nan})
+    good = StepReport(2, 4.0, 1.0, 0.0, False, {"a": 3.0}, {"m": 1.0})
+    assert mean_reports([bad, good, bad]) == {"a": 3.0, "m": 1.0}
+    assert mean_loss([bad, good]) == 4.0
+    assert all(math.isnan(value) for value in mean_reports([bad, bad]).values())
+    assert math.isnan(mean_loss([bad]))
+    assert math.isnan(largest([1.0, math.nan])) and math.isnan(largest([math.nan, 1.0]))
