@@ -6,6 +6,7 @@ Recipes are imported inside the verbs, so that `rlhf --help` does not wait for t
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,6 +30,9 @@ app.add_typer(config_app, name="config")
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file of differences from the defaults.")
+]
+Recipe = Annotated[
+    str, typer.Argument(help="pretrain, sft, rm, dpo, ppo, eval or pipeline.", show_default=False, metavar="RECIPE")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as section.key=value.", show_default=False)]
 
@@ -175,12 +179,39 @@ def chat(
 
 
 @config_app.command("show")
-def config_show(recipe: str, config: ConfigOption = None, overrides: Overrides = None) -> None:
-    """Print a recipe's resolved configuration as YAML."""
-    from rlhf.infra.config import load_config, to_yaml
+def config_show(recipe: Recipe, config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Print a recipe's resolved configuration: a YAML file with a comment on every setting."""
+    from rlhf.infra.config import load_config
+    from rlhf.infra.config_view import view
+    from rlhf.infra.logger import terminal
     from rlhf.recipes.resume import config_class
 
-    typer.echo(to_yaml(load_config(config_class(recipe), config, overrides or ())), nl=False)
+    lines = view(load_config(config_class(recipe), config, overrides or ()), recipe)
+    for line in lines:
+        if terminal().is_terminal:
+            terminal().print(line.rich())
+        else:
+            typer.echo(line.plain())
+
+
+@config_app.command("schema")
+def config_schema(
+    recipe: Recipe,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: print it.")] = None,
+) -> None:
+    """Write the JSON schema of a recipe's files, for editors."""
+    from rlhf.infra.config_view import json_schema
+    from rlhf.recipes.resume import config_class
+
+    text = json.dumps(json_schema(config_class(recipe), recipe), indent=2) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"'{output}' cannot be written: {error.strerror}; choose another --output") from None
+    typer.echo(f"schema: {output}; name it in a config file's first line: # yaml-language-server: $schema={output}")
 
 
 def main() -> None:

@@ -78,6 +78,10 @@ class PipelineConfig(Config):
         update["evaluate"] = update["evaluate"].model_copy(
             update={"models": dict.fromkeys(models, ""), "reward_model": "reward"}
         )
+        if "backbone" not in given_keys(self.reward):
+            update["reward"] = update["reward"].model_copy(update={"backbone": "sft"})
+        if "ppo" in update and "reward_model" not in given_keys(update["ppo"]):
+            update["ppo"] = update["ppo"].model_copy(update={"reward_model": "reward"})
         return self.model_copy(update=update)
 
     def idle_keys(self) -> Mapping[str, str]:
