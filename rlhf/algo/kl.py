@@ -1,5 +1,8 @@
 """KL divergence between policy and reference: estimators from sampled tokens, the exact sum, and the controllers.
 
+In the reward, where nothing flows through an estimate, only k1 has the gradient of the KL: k2 and k3 also charge tokens
+that the policy finds rarer than the reference does. As a loss it is the other way round.
+
 Sign: `log_ratio` is log pi(token) - log pi_ref(token) on tokens sampled from pi, so that the mean of every estimator is
 (an estimate of) KL(pi || pi_ref) >= 0. Source of k1, k2, k3: J. Schulman, "Approximating KL Divergence" (2020).
 """
@@ -53,7 +56,9 @@ class KLConfig(Config):
     """How the distance from the reference is paid for."""
 
     coefficient: float = Field(0.05, ge=0, description="beta: reward lost per nat of KL(policy || reference)")
-    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="per-token estimate that enters the reward")
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1", description="per-token estimate that enters the reward; only with k1 is its gradient there that of the KL"
+    )
     controller: Literal["fixed", "adaptive"] = Field("fixed", description="whether beta follows a target KL")
     target: float = Field(6.0, gt=0, description="adaptive: nats per response that beta steers to")
     horizon: float = Field(10_000.0, gt=0, description="adaptive: responses over which beta may change by about 20 %")

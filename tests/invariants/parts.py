@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +33,12 @@ SHAPES: tuple[Shape, ...] = ("gpt2", "qwen2")
 PROMPTS = random_prompts(8)
 
 
-def backbone_of(shape: Shape, dropout: float = 0.0) -> Backbone:
+def backbone_of(shape: Shape, *, dropout: float = 0.0, bf16: bool = False) -> Backbone:
     """A frozen base with an SFT adapter and a policy that starts as its copy and trains."""
     backbone = tiny_backbone(shape, separate_pad=shape == "qwen2", dropout=dropout)
+    if bf16:
+        backbone.model.bfloat16()
+        backbone.dtype_name = "bf16"
     add_trained_adapter(backbone, "sft", seed=3)
     backbone.copy_adapter("sft", "policy")
     backbone.train_only(["policy"])
@@ -115,3 +119,9 @@ def experience_of(ppo: PPO) -> Experience:
     trajectory = ppo.sample(batch)
     scores = ppo.score(batch, trajectory)
     return ppo.estimate_advantages(trajectory, scores, ppo.shape(batch, trajectory, scores))
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's log without what depends on the clock and the machine."""
+    lines = [json.loads(line) for line in (folder / "logs" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "rate/", "memory/"))} for line in lines]
