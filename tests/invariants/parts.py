@@ -101,7 +101,9 @@ def ppo_on(
     }
     config = PPOConfig.model_validate({key: shared.get(key, {}) | sections.get(key, {}) for key in shared | sections})
     encoder = ChatEncoder(backbone.tokenizer)
-    texts = [" ".join(WORDS[i - 3] for i in ids) for ids in random_prompts(12, seed=1)]
+    texts = [
+        " ".join([WORDS[place], *(WORDS[i - 3] for i in ids)]) for place, ids in enumerate(random_prompts(12, seed=1))
+    ]
     return PPO(
         config,
         Run.create("ppo", config, config.run) if run is None else run,
