@@ -87,3 +87,30 @@ def test_gradients_of_the_step_before_are_gone() -> None:
     squared(twin)(rows(1)).loss.backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in twin.parameters() if p.grad is not None))
     assert trainer.step([rows(1)], squared(model)).grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+def test_the_scheduled_rate_is_the_one_that_moves_the_weights() -> None:
+    """Three steps of Adam by hand, at rates that rise from zero."""
+    weight = nn.Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
+    config = OptimizerConfig(learning_rate=0.1, warmup_ratio=1.0, adam_epsilon=1e-12, max_grad_norm=1e9)
+    trainer = Trainer({"weight": weight}, config, 4)
+    expected, mean, square = weight.detach().clone(), torch.zeros(2), torch.zeros(2)
+    for step in range(3):
+        gradient = 2 * expected
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        corrected = (mean / (1 - 0.9 ** (step + 1))) / (square / (1 - 0.999 ** (step + 1))).sqrt()
+        expected = expected - 0.1 * step / 4 * corrected
+        report = trainer.step([None], lambda _: LossOutput(weight.square().sum()))
+        assert report.learning_rate == pytest.approx(0.1 * step / 4)
+        torch.testing.assert_close(weight.detach(), expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("constant", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_skipped_although_its_gradient_is_one(constant: float) -> None:
+    model = small_model()
+    trainer = trainer_of(model, scale_loss=False)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):  # the rate of the first step would be zero
+        report = trainer.step([rows(0)], lambda part: LossOutput(squared(model)(part).loss + constant))
+        assert report.skipped and math.isfinite(report.grad_norm)
+    assert all(torch.equal(p, start) for p, start in zip(model.parameters(), before, strict=True))

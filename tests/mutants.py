@@ -1,0 +1,327 @@
+"""Does a test fail when a formula is wrong? `python tests/mutants.py [kl.py ...]` alters `rlhf/algo` place by place.
+
+Each mutant replaces one piece of text in one file: a sign, a mask, a clip bound, a normaliser. The altered file lies in
+a temporary folder and is imported instead of the real one; the working tree is never touched. The tests of the file run
+on it, until the first failure, in a process forked after the slow imports. Exit code 1: a mutant SURVIVED (write the
+test that is missing), a text does not occur exactly once any more (OUTDATED: mend the table), or the tests fail on the
+code as it is (BROKEN).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+ALGO = TESTS.parent / "rlhf" / "algo"
+FORMULAS = ("test_algo_golden.py", "test_algo_properties.py", "test_algo_gradients.py")
+TESTS_OF = {"trainer.py": ("test_trainer.py", "test_algo_trainer.py")}
+
+# file: (old text, which occurs exactly once; new text; what is wrong then)
+# fmt: off
+MUTANTS: dict[str, list[tuple[str, str, str]]] = {
+    "masked.py": [
+        ("values[mask].sum()", "values.sum()", "masked_sum: mask ignored"),
+        ("values[mask].sum()", "values[~mask].sum()", "masked_sum: mask turned round"),
+        ("values[mask].sum()", "-values[mask].sum()", "masked_sum: sign"),
+        ("counted = values[mask]", "counted = values.flatten()", "masked mean, variance: mask ignored"),
+        ("_counted(values, mask).mean()", "_counted(values, mask).sum()", "masked_mean: normaliser"),
+        ("_counted(values, mask).mean()", "masked_sum(values, mask) / values.numel()",
+         "masked_mean: divided by padding too"),
+        ("1 if unbiased else 0", "0 if unbiased else 1", "masked_var: corrections exchanged"),
+        ("1 if unbiased else 0", "1", "masked_var: always corrected"),
+        ("counted.numel() == 1", "counted.numel() == 0", "masked_var: 0 / 0 of a single value"),
+        ("counted.numel() == 0", "counted.numel() < 0", "masked mean of nothing"),
+        ("(values - mean) * torch.rsqrt", "(values + mean) * torch.rsqrt", "masked_whiten: sign of mean"),
+        ("torch.rsqrt(masked_var", "torch.reciprocal(masked_var", "masked_whiten: by the variance"),
+        ("scaled if subtract_mean else scaled + mean", "scaled + mean if subtract_mean else scaled",
+         "masked_whiten: shift turned round"),
+        ("unbiased=unbiased) + epsilon", "unbiased=True) + epsilon", "masked_whiten: one variance"),
+        ("torch.where(mask, scaled if", "torch.where(mask | True, scaled if", "masked_whiten: padding kept"),
+    ],
+    "advantages.py": [
+        ("gamma * next_value - values_BR[:, t]", "gamma * next_value + values_BR[:, t]", "gae: sign of the value"),
+        ("rewards_BR[:, t] + gamma", "-rewards_BR[:, t] + gamma", "gae: sign of the reward"),
+        ("rewards_BR[:, t] + gamma * next_value", "rewards_BR[:, t] + next_value", "gae: next value not discounted"),
+        ("gamma * lam * next_advantage", "lam * next_advantage", "gae: trace not discounted"),
+        ("gamma * lam * next_advantage", "gamma * next_advantage", "gae: lambda ignored"),
+        ("delta + gamma * lam", "delta - gamma * lam", "gae: sign of the trace"),
+        ("torch.where(counts, values_BR[:, t], next_value)", "values_BR[:, t]", "gae: padding enters the next value"),
+        ("torch.where(counts, advantage, next_advantage)", "advantage", "gae: padding enters the trace"),
+        ("columns.append(torch.where(counts, advantage, torch.zeros_like(advantage)))", "columns.append(advantage)",
+         "gae: padded columns kept"),
+        ("columns[::-1]", "columns", "gae: order of columns"),
+        ("advantages_BR + values_BR", "advantages_BR - values_BR", "returns: sign of the value"),
+        ("torch.where(mask_BR, advantages_BR + values_BR, torch.zeros_like(values_BR))", "advantages_BR + values_BR",
+         "returns: mask ignored"),
+        ("if bootstrap_values_B is None else bootstrap_values_B",
+         "if bootstrap_values_B is None else torch.zeros_like(bootstrap_values_B)", "gae: bootstrap ignored"),
+        ("with torch.no_grad():", "if True:", "gae: gradient flows into the targets"),
+    ],
+    "kl.py": [
+        ("    return log_ratio\n", "    return -log_ratio\n", "k1: sign"),
+        ("log_ratio.square() / 2", "log_ratio.square()", "k2: factor"),
+        ("log_ratio.square() / 2", "-log_ratio.square() / 2", "k2: sign"),
+        ("torch.exp((-log_ratio)", "torch.exp((log_ratio)", "k3: sign in the exponent"),
+        ("- 1 + log_ratio", "- 1 - log_ratio", "k3: sign outside"),
+        ("- 1 + log_ratio", "+ log_ratio", "k3: constant"),
+        (".clamp(max=MAX_LOG_RATIO)", "", "k3: no clamp"),
+        ("MAX_LOG_RATIO = 20.0", "MAX_LOG_RATIO = 10.0", "k3, ratio: bound"),
+        ("log_ratio[mask].abs()", "log_ratio.abs()", "clamped_share: mask ignored"),
+        ("log_ratio[mask].abs()", "log_ratio[mask]", "clamped_share: one side only"),
+        ("> MAX_LOG_RATIO).float().mean()", "> MAX_LOG_RATIO).float().sum()", "clamped_share: normaliser"),
+        ("log_p - log_q)", "log_q - log_p)", "exact_kl: sign"),
+        ("log_p.exp() *", "log_q.exp() *", "exact_kl: the other direction's weights"),
+        ("mean_kl / self.target - 1.0", "1.0 - mean_kl / self.target", "controller: sign"),
+        ("-0.2), 0.2)", "-0.2), 0.4)", "controller: upper bound"),
+        ("-0.2), 0.2)", "-0.4), 0.2)", "controller: lower bound"),
+        ("error * num_responses / self.horizon", "error / self.horizon", "controller: batch size"),
+        ("config.target if adaptive else None", "config.target", "controller: fixed one adapts"),
+        ('"k2": k2, "k3": k3', '"k2": k3, "k3": k2', "estimators exchanged by name"),
+    ],
+    "logprobs.py": [
+        ("return -nll.view", "return nll.view", "token_logprobs: sign"),
+        ("wide.logsumexp(dim=-1) - (", "(", "entropy_of: normaliser"),
+        ("wide.logsumexp(dim=-1) - (", "wide.logsumexp(dim=-1) + (", "entropy_of: sign"),
+        ("-(log_p_MV.exp() * log_p_MV)", "(log_p_MV.exp() * log_p_MV)", "statistics_from_logits: sign of the entropy"),
+        ("_widened(logits_MV, temperature).log_softmax(dim=-1)", "_widened(logits_MV, temperature)",
+         "statistics_from_logits: normaliser"),
+        ("return wide if temperature == 1.0 else wide / temperature",
+         "return wide if temperature == 1.0 else wide * temperature", "temperature: multiplies"),
+        ("return wide if temperature == 1.0 else wide / temperature", "return wide", "temperature: ignored"),
+        ("else logits.float()", "else logits", "half precision: not widened"),
+        ("if temperature <= 0:", "if temperature < 0:", "temperature 0: taken"),
+        ("statistics_from_logits(head(hidden_mD), ids_m, temperature)",
+         "statistics_from_logits(head(hidden_mD), ids_m)", "statistics_from_hidden: temperature lost"),
+        ("token_logprobs(head(hidden_mD), ids_m, temperature=temperature)", "token_logprobs(head(hidden_mD), ids_m)",
+         "logprobs_from_hidden: temperature lost"),
+        ("MAX_LOGITS // vocab_size)", "MAX_LOGITS // vocab_size) + 1", "chunks: larger than the limit"),
+        ("token_ids_M[start : start + size]", "token_ids_M[:size]", "chunks: tokens of the first"),
+        ("checkpoint(of_chunk, *chunk, use_reentrant=False) if torch.is_grad_enabled() else of_chunk(*chunk)",
+         "of_chunk(*(part.detach() for part in chunk))", "chunks: no gradient to the hidden states"),
+    ],
+    "ppo_loss.py": [
+        ("torch.maximum(-advantages_BR * ratio", "torch.minimum(-advantages_BR * ratio",
+         "policy_loss: the optimistic branch"),
+        ("-advantages_BR * ratio,", "advantages_BR * ratio,", "policy_loss: sign, free branch"),
+        ("-advantages_BR * clipped)", "advantages_BR * clipped)", "policy_loss: sign, clipped branch"),
+        ("torch.exp(log_ratio_BR.clamp", "torch.exp(-log_ratio_BR.clamp", "policy_loss: ratio turned"),
+        ("clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)", "clamp(-2 * MAX_LOG_RATIO, 2 * MAX_LOG_RATIO)",
+         "policy_loss: bound of the log-ratio"),
+        ("ratio.clamp(1.0 - clip_low, 1.0 + clip_high)", "ratio.clamp(1.0 - clip_high, 1.0 + clip_low)",
+         "policy_loss: bounds exchanged"),
+        ("ratio.clamp(1.0 - clip_low, 1.0 + clip_high)", "ratio.clamp(max=1.0 + clip_high)",
+         "policy_loss: no lower bound"),
+        ("ratio.clamp(1.0 - clip_low, 1.0 + clip_high)", "ratio.clamp(min=1.0 - clip_low)",
+         "policy_loss: no upper bound"),
+        ("masked_sum(per_token, mask_BR) / num_tokens", "per_token.sum() / num_tokens", "policy_loss: mask ignored"),
+        ("masked_sum(per_token, mask_BR) / num_tokens", "masked_sum(per_token, mask_BR) / mask_BR.numel()",
+         "policy_loss: normaliser"),
+        ("masked_sum(per_token, mask_BR) / num_tokens", "per_token[mask_BR].mean()",
+         "policy_loss: mean of the micro-batch"),
+        ("(ratio < 1.0 - clip_low) | (ratio", "(ratio < 1.0 - clip_low) & (ratio",
+         "policy clip fraction: both bounds at once"),
+        ("masked_sum(outside.float(), mask_BR)", "outside.float().sum()", "policy clip fraction: mask"),
+        ("0.5 * masked_sum(error, mask_BR)", "masked_sum(error, mask_BR)", "value_loss, free: factor"),
+        ("0.5 * masked_sum(error, mask_BR)", "0.5 * masked_sum(-error, mask_BR)", "value_loss, free: sign"),
+        ("(values_BR - returns_BR).square()", "(values_BR + returns_BR).square()", "value_loss: sign of the return"),
+        ("old_values_BR - clip_range)", "old_values_BR - 2 * clip_range)", "value_loss: lower bound"),
+        ("old_values_BR + clip_range)", "old_values_BR + 2 * clip_range)", "value_loss: upper bound"),
+        ("torch.maximum(error, clipped_error)", "torch.minimum(error, clipped_error)",
+         "value_loss: takes the smaller error"),
+        ("torch.maximum(error, clipped_error)", "clipped_error", "value_loss: clipped error alone"),
+        ("0.5 * masked_sum(torch.maximum", "masked_sum(torch.maximum", "value_loss: factor"),
+        ("clipped_error), mask_BR) / num_tokens, clip_fraction", "clipped_error), mask_BR), clip_fraction",
+         "value_loss: normaliser"),
+        ("clipped_error), mask_BR) / num_tokens", "clipped_error), mask_BR | True) / num_tokens",
+         "value_loss: mask ignored"),
+        ("(clipped_error > error)", "(clipped_error < error)", "value clip fraction: sign"),
+        ("-masked_sum(entropy_BR, mask_BR) / num_tokens", "masked_sum(entropy_BR, mask_BR) / num_tokens",
+         "entropy_loss: sign"),
+        ("-masked_sum(entropy_BR, mask_BR) / num_tokens", "-entropy_BR.sum() / num_tokens",
+         "entropy_loss: mask ignored"),
+        ("-masked_sum(entropy_BR, mask_BR) / num_tokens", "-masked_sum(entropy_BR, mask_BR)",
+         "entropy_loss: normaliser"),
+        ("k3(-log_ratio_BR)", "k3(log_ratio_BR)", "kl_from_old: the other direction"),
+        ("masked_sum(k3(-log_ratio_BR), mask_BR) / num_tokens", "masked_sum(k3(-log_ratio_BR), mask_BR)",
+         "kl_from_old: normaliser"),
+        ("masked_sum(k3(-log_ratio_BR), mask_BR)", "k3(-log_ratio_BR).sum()", "kl_from_old: mask"),
+    ],
+    "preference_loss.py": [
+        ("self.chosen_B - self.rejected_B", "self.rejected_B - self.chosen_B", "margin: sign"),
+        ("-logsigmoid(beta", "logsigmoid(beta", "dpo_loss: sign"),
+        ("beta * ratios.margin_B", "ratios.margin_B", "dpo_loss: beta ignored"),
+        ("-logsigmoid(beta", "-logsigmoid(-beta", "dpo_loss: sides exchanged"),
+    ],
+    "reward_loss.py": [
+        ("difference = chosen_B - rejected_B", "difference = rejected_B - chosen_B",
+         "bradley_terry_loss: sides exchanged"),
+        ("return -logsigmoid(", "return logsigmoid(", "bradley_terry_loss: sign"),
+        ("difference - margins_B", "difference + margins_B", "bradley_terry_loss: sign of the margin"),
+        ("difference if margins_B is None else difference - margins_B", "difference",
+         "bradley_terry_loss: margin ignored"),
+        ("rejected_rewards, margins).mean()", "rejected_rewards, margins).sum()",
+         "compute_preference_loss: normaliser"),
+        ("rejected_rewards, margins).mean()", "rejected_rewards).mean()", "compute_preference_loss: margin lost"),
+        ("difference = chosen_rewards - rejected_rewards", "difference = rejected_rewards - chosen_rewards",
+         "preference metrics: sides exchanged"),
+        ("+ 0.5 * (difference == 0).float()", "+ 0.0 * (difference == 0).float()", "preference accuracy: ties"),
+    ],
+    "sft_loss.py": [
+        ("-logprobs_M.sum()", "logprobs_M.sum()", "sft_loss: sign"),
+        ("logprobs_M.sum() / num_tokens", "logprobs_M.mean()", "sft_loss: mean of the micro-batch"),
+        ("logprobs_M.sum() / num_tokens", "logprobs_M.sum()", "sft_loss: normaliser"),
+    ],
+    "trainer.py": [
+        ("self.scaler.scale(output.loss).backward()", "self.scaler.scale(-output.loss).backward()",
+         "step: sign of the loss"),
+        ("total += float(output.loss.detach())", "total = float(output.loss.detach())",
+         "step: loss of the last micro-batch"),
+        ("metrics.get(name, 0.0) + float(value)", "float(value)", "step: metrics of the last micro-batch"),
+        ("maxima[name] = largest([*([maxima[name]] if name in maxima else []), float(value)])",
+         "maxima[name] = float(value)", "step: maxima of the last micro-batch"),
+        ("self.optimizer.zero_grad(set_to_none=True)\n        total", "total",
+         "step: gradients of the step before kept"),
+        ("self.scaler.unscale_(self.optimizer)", "pass", "step: clipped before it is unscaled"),
+        ("self.config.max_grad_norm, norm)", "2 * self.config.max_grad_norm, norm)", "clip: bound"),
+        ("        if culprit is None:\n", "        if False:\n", "clip: never"),
+        ("        if not math.isfinite(loss):\n", "        if False:\n", "guard: loss not looked at"),
+        ("        if math.isfinite(grad_norm):\n", "        if True:\n", "guard: gradients not looked at"),
+        ("        if skip:\n", "        if False:\n", "guard: never skips"),
+        ("self.skipped_in_a_row = 0\n            for", "for", "guard: counts all skips as in a row"),
+        (">= self.config.max_nonfinite_steps", "> self.config.max_nonfinite_steps", "guard: one step too many"),
+        ("self.skipped_count += 1", "self.skipped_count = 1", "guard: skips not counted"),
+        ("        if self.exhausted:\n            raise", "        if False:\n            raise",
+         "guard: goes on when exhausted"),
+        ("        if self.exhausted:\n            self", "        if False:\n            self",
+         "restore: exhausted for ever"),
+        ("self.config.learning_rate * self._rate_factor", "self._rate_factor", "schedule: peak rate ignored"),
+        ("self._rate_factor(self.step_count)", "self._rate_factor(self.step_count + 1)", "schedule: one step early"),
+        ('group["lr"] = learning_rate', "pass", "schedule: rate not set"),
+        ("math.ceil(config.warmup_ratio * num_training_steps)", "0", "schedule: no warm-up"),
+        ("        num_training_steps=num_training_steps,\n", "        num_training_steps=2 * num_training_steps,\n",
+         "schedule: twice as long"),
+        ("grad_norm, learning_rate = float(norm), self.learning_rate",
+         "grad_norm, learning_rate = float(norm), self.config.learning_rate", "schedule: constant"),
+        ('"weight_decay": 0.0}]', '"weight_decay": config.weight_decay}]', "optimizer: vectors decay"),
+        ('"weight_decay": config.weight_decay}, {"params": vectors', '"weight_decay": 0.0}, {"params": vectors',
+         "optimizer: nothing decays"),
+        ("betas=(config.adam_beta1, config.adam_beta2)", "betas=(config.adam_beta2, config.adam_beta1)",
+         "optimizer: betas exchanged"),
+        ("eps=config.adam_epsilon", "eps=1e-8", "optimizer: epsilon ignored"),
+        ("self.step_count += 1", "self.step_count += 2", "counter: steps"),
+        ("restore_optimizer(self.optimizer, dict(tensors))", "pass", "restore: moments forgotten"),
+        ('self.scaler.load_state_dict(plain["scaler"])', "pass", "restore: loss scale forgotten"),
+        ("self.step_count, self.skipped_count, self.skipped_in_a_row = plain",
+         "_, self.skipped_count, self.skipped_in_a_row = plain", "restore: place in the schedule forgotten"),
+        ("sum(values) / len(values)", "sum(values)", "mean_reports: normaliser"),
+        ("sum(values) / len(values)", "sum(values) / len(reports)",
+         "mean_reports: steps without the metric counted"),
+        ("    reports = taken(reports)\n", "", "mean_reports: skipped steps counted"),
+        ("sum(report.loss for report in taken(reports)) / len(taken(reports))",
+         "sum(report.loss for report in reports) / len(reports)", "mean_loss: skipped steps counted"),
+        ("if not report.skipped] or reports", "if not report.skipped]", "taken: nothing where all were skipped"),
+        ("math.nan if any(math.isnan(value) for value in values) else max(values)", "max(values)",
+         "largest: NaN by chance"),
+    ],
+}
+# fmt: on
+
+
+def main(files: Sequence[str] = ()) -> int:
+    """Try the mutants of these files, or of all of them."""
+    _import_the_slow_parts()
+    counts, started = Counter[str](), time.monotonic()
+    for file, mutants in MUTANTS.items():
+        if files and file not in files:
+            continue
+        source = (ALGO / file).read_text(encoding="utf-8")
+        for old, new, what in [("", "", "as it is"), *mutants]:
+            outcome = _outcome(file, source, old, new)
+            counts[outcome] += 1
+            print(f"{outcome:<9} {file:<19} {what}", flush=True)
+    wrong = counts.total() - counts["sound"] - counts["caught"]
+    print(f"{counts['caught']} caught, {wrong} to look at, in {time.monotonic() - started:.0f} s")
+    return 1 if wrong else 0
+
+
+def _outcome(file: str, source: str, old: str, new: str) -> str:
+    """What became of a mutant; the unaltered source must be sound, or a failure would say nothing."""
+    if not old:
+        return "BROKEN" if _caught(file, source) else "sound"
+    if source.count(old) != 1:
+        return "OUTDATED"
+    return "caught" if _caught(file, source.replace(old, new)) else "SURVIVED"
+
+
+def _caught(file: str, source: str) -> bool:
+    """Whether a test fails when `rlhf/algo/<file>` reads as `source`."""
+    child = os.fork()
+    if child == 0:
+        # Whatever happens here, the child must leave here: it is a copy of the process that called.
+        try:
+            code = 2
+            code = _run_tests(file, source)
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, 1):
+        raise RuntimeError(f"the tests of {file} could not be run: exit code {code}")
+    return code == 1
+
+
+def _run_tests(file: str, source: str) -> int:
+    import pytest
+
+    module = f"rlhf.algo.{Path(file).stem}"
+    with tempfile.TemporaryDirectory() as folder, _replaced(module, source, Path(folder) / file):
+        arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={TESTS.parent}"]
+        paths = [str(TESTS / "unit" / name) for name in TESTS_OF.get(file, FORMULAS)]
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            code = pytest.main([*arguments, *paths])
+    # 2 is an interrupted run: with -x also an error while a test file was imported, which is a mutant that was noticed.
+    return 0 if code == 0 else 1
+
+
+@contextmanager
+def _replaced(module: str, source: str, place: Path) -> Iterator[None]:
+    """Import `module` from this source, written to `place`."""
+    place.write_text(source, encoding="utf-8")
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: Sequence[str] | None, target: object = None) -> ModuleSpec | None:
+            return importlib.util.spec_from_file_location(name, place) if name == module else None
+
+    sys.meta_path.insert(0, Finder)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(Finder)  # type: ignore[arg-type]
+
+
+def _import_the_slow_parts() -> None:
+    """Once for all children; nothing of `rlhf.algo` may be among it, or the mutants would not be imported."""
+    sys.path[:0] = [str(TESTS.parent), str(TESTS / "unit")]
+    import pytest  # noqa: F401
+    import scipy.signal  # noqa: F401
+    import torch
+    import transformers
+
+    assert transformers.GPT2LMHeadModel and transformers.Qwen2ForCausalLM and transformers.get_scheduler
+    torch.set_num_threads(1)  # threads do not survive a fork
+    assert not any(name.startswith("rlhf.algo") for name in sys.modules)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
