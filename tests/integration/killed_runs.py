@@ -1,0 +1,141 @@
+"""Commands of `rlhf` in processes of their own, each of which may die by SIGKILL at a chosen moment.
+
+A process is a fork of the one that runs the tests, so that torch need not be imported again: all of them are single-
+threaded. Where a GPU is present autograd has threads that a fork would lose; there a clean server process forks.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rlhf.algo.trainer import Trainer
+
+PROCESSES: Any = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
+CLOCK_AND_MACHINE = ("time/", "rate/", "memory/")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended, what it said, and by name the moments it went through: steps, syncs, renames."""
+
+    code: int
+    output: str
+    moments: list[str]
+
+
+def command(
+    folder: Path, *arguments: str, kill_at: int | None = None, prepare: Callable[[], None] | None = None
+) -> Ended:
+    """Run a command to its end, or until SIGKILL at the moment of that number; `prepare` runs in the process first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output, moments = folder / "output.txt", folder / "moments.txt"
+    moments.write_text("")
+    process = PROCESSES.Process(target=_work, args=(list(arguments), output, moments, kill_at, prepare))
+    process.start()
+    process.join()
+    return Ended(process.exitcode, output.read_text(), moments.read_text().splitlines())
+
+
+def _work(
+    arguments: list[str], output: Path, moments: Path, kill_at: int | None, prepare: Callable[[], None] | None
+) -> None:
+    from rlhf.cli import main
+
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    if prepare is not None:
+        prepare()
+    _die_at(kill_at, moments)
+    sys.argv = ["rlhf", *arguments]
+    main()
+
+
+def _die_at(kill_at: int | None, moments: Path) -> None:
+    """Number the moments of this process, write their names down and kill it at one of them."""
+    count = 0
+
+    def before(function: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            with moments.open("a") as file:
+                file.write(f"{name(*arguments)}\n")
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+            return function(*arguments, **options)
+
+        return watched
+
+    Trainer.step = before(Trainer.step, lambda trainer, *_: f"step {trainer.step_count}")  # type: ignore[method-assign]
+    Trainer._apply = before(Trainer._apply, lambda trainer, *_: f"gradients {trainer.step_count}")  # type: ignore[method-assign]
+    os.fsync = before(os.fsync, lambda descriptor: f"sync {os.readlink(f'/proc/self/fd/{descriptor}')}")  # type: ignore[assignment]
+    os.replace = before(os.replace, lambda source, target: f"rename to {target}")
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    """Final weights, newest checkpoint and logs are equal bit for bit; what the clock and the machine decide is not."""
+    assert log_lines(found) == log_lines(wanted)
+    assert scalars(found) == scalars(wanted)
+    for product in ("policy", "reward_model"):
+        assert (found / product).is_dir() == (wanted / product).is_dir()
+        assert_same_tensors(found / product, wanted / product)
+    ours, theirs = (newest_checkpoint(folder) for folder in (found, wanted))
+    assert ours.name == theirs.name
+    assert_same_tensors(ours, theirs)
+    assert plain_state(ours) == plain_state(theirs)
+
+
+def assert_same_tensors(found: Path, wanted: Path) -> None:
+    files = sorted(path.name for path in wanted.glob("*.safetensors"))
+    assert files == sorted(path.name for path in found.glob("*.safetensors"))
+    for file in files:
+        ours, theirs = load_file(found / file), load_file(wanted / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), file
+
+
+def log_lines(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "logs" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(CLOCK_AND_MACHINE)} for line in lines]
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The points TensorBoard shows."""
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(CLOCK_AND_MACHINE)]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    return max(path for path in (folder / "checkpoints").iterdir() if path.name.startswith("step_"))
+
+
+def plain_state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    del state["log_bytes"]  # a resumed run says that it was resumed
+    state.get("progress", {}).pop("seconds", None)
+    return state
+
+
+def status(folder: Path) -> str:
+    return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"])
+
+
+def chosen(moments: Sequence[str], *words: str) -> list[int]:
+    """Numbers of the moments whose name holds one of the words."""
+    return [number for number, name in enumerate(moments) if any(word in name for word in words)]

@@ -1,0 +1,211 @@
+"""A run that is killed by SIGKILL, wherever it is, goes on as if nothing had happened (checklist C1, C2, C3, C8)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from killed_runs import Ended, assert_same_run, chosen, command, log_lines, newest_checkpoint, status
+from tiny_backbones import tiny_model, word_tokenizer
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and fork exist on Unix only")
+
+RECIPES = ["ppo", "sft", "rm", "dpo"]
+WORDS = ["red", "green", "blue", "black", "cat", "dog", "bird", "fish", "one", "two", "three"]
+
+
+class Workshop:
+    """A base model, data, an SFT run and, for each recipe, the run that nobody interrupts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        tokenizer = word_tokenizer()
+        tiny_model("llama", len(tokenizer), spread=0.1).save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+        prompts = [f"{a} {b}" for a in WORDS for b in WORDS[:3]]
+        self._write("prompts", [{"prompt": prompt} for prompt in prompts])
+        self._write("pairs", [{"prompt": prompt, "chosen": "good", "rejected": "bad"} for prompt in prompts])
+        self._write("answers", [{"prompt": prompt, "completion": prompt} for prompt in prompts])
+        # Held-out rows that contradict the others: the first validation is the best, and must survive all later ones.
+        self._write("pairs_held", [{"prompt": "four", "chosen": "bad", "rejected": "good"}])
+        self._write("answers_held", [{"prompt": "four", "completion": "horse white horse"}])
+        self.straight: dict[str, tuple[Path, Ended]] = {}
+        made = command(folder / "made", "sft", *self.settings("sft", "source"))
+        assert made.code == 0, made.output
+
+    def _write(self, name: str, rows: list[dict[str, str]]) -> None:
+        (self.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def settings(self, recipe: str, name: str) -> list[str]:
+        """A few steps in which everything that a checkpoint must hold is in use."""
+        data = {"ppo": "prompts", "sft": "answers"}.get(recipe, "pairs")
+        shared = [
+            f"run.output_dir={self.folder}",
+            f"run.name={name}",
+            "run.device=cpu",
+            "run.num_threads=1",
+            "run.save_every_steps=1",
+            f"data.train_files={self.folder / data}.jsonl",
+            "optimizer.learning_rate=0.01",
+            "optimizer.warmup_ratio=0.2",
+        ]
+        if recipe == "ppo":
+            reward = "{name: target_string, arguments: {text: %s}}"
+            return [
+                *shared,
+                "policy=source",
+                "data.validation_fraction=0",
+                f"rewards=[{reward % 'red'}, {reward % 'one'}]",
+                "generation.max_new_tokens=5",
+                "ppo.num_iterations=3",
+                "ppo.rollout_batch_size=8",
+                "ppo.num_ppo_epochs=2",
+                "ppo.num_mini_batches=2",
+                "ppo.max_tokens_per_micro_batch=40",
+                "ppo.value_head=mlp",
+                "ppo.target_kl=null",
+                "ppo.save_every_updates=1",
+                "kl.controller=adaptive",
+                "kl.target=0.05",
+                "kl.horizon=20",
+            ]
+        source = {"sft": "model.name_or_path", "rm": "backbone", "dpo": "policy"}[recipe]
+        dropout = [] if recipe == "dpo" else ["model.lora.lora_dropout=0.3"]
+        return [
+            *shared,
+            f"{source}={self.folder / 'base'}",
+            "model.lora.r=4",
+            "data.min_length=1",
+            f"data.validation_files={self.folder / data}_held.jsonl",
+            "training.per_device_train_batch_size=7",
+            "training.max_steps=6",
+            "training.num_train_epochs=3",
+            "training.eval_steps=2",
+            "training.logging_steps=4",
+            *dropout,
+        ]
+
+    def uninterrupted(self, recipe: str) -> tuple[Path, Ended]:
+        if recipe not in self.straight:
+            ended = command(self.folder / f"{recipe}-made", recipe, *self.settings(recipe, recipe))
+            assert ended.code == 0, ended.output
+            self.straight[recipe] = self.folder / recipe, ended
+        return self.straight[recipe]
+
+    def killed(self, recipe: str, moment: int, name: str = "") -> Path:
+        """The folder of a run that died at a moment."""
+        name = name or f"{recipe}-{moment}"
+        ended = command(self.folder / f"{name}-made", recipe, *self.settings(recipe, name), kill_at=moment)
+        assert ended.code == -signal.SIGKILL, ended.output
+        return self.folder / name
+
+    def resumed(self, folder: Path, kill_at: int | None = None) -> Ended:
+        return command(self.folder / f"{folder.name}-made", "resume", str(folder), kill_at=kill_at)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("killed"))
+
+
+def goes_on(workshop: Workshop, recipe: str, moment: int) -> None:
+    """Kill a run at a moment, take it up again, and compare it with the one that was left alone."""
+    straight, ended = workshop.uninterrupted(recipe)
+    folder = workshop.killed(recipe, moment)
+    if (folder / "run.json").is_file():
+        again = workshop.resumed(folder)
+    else:  # it had not begun, and nothing it left is in the way of a new start
+        again = command(workshop.folder / f"{folder.name}-made", recipe, *workshop.settings(recipe, folder.name))
+    assert again.code == 0, (ended.moments[moment], again.output)
+    assert status(folder) == "finished"
+    assert_same_run(folder, straight)
+    shutil.rmtree(folder)
+
+
+def within(moments: list[str], first: str, last: str) -> list[int]:
+    """Numbers of the moments from one name up to another."""
+    return list(range(moments.index(first), moments.index(last)))
+
+
+@pytest.mark.parametrize("recipe", ["sft", "rm", "dpo"])
+def test_c1_a_killed_run_goes_on_bit_for_bit(workshop: Workshop, recipe: str) -> None:
+    (moment,) = chosen(workshop.uninterrupted(recipe)[1].moments, "gradients 3")
+    goes_on(workshop, recipe, moment)
+
+
+def test_c1_ppo_killed_inside_an_inner_epoch_goes_on_bit_for_bit(workshop: Workshop) -> None:
+    straight, ended = workshop.uninterrupted("ppo")
+    # The third of the four updates of the second iteration, with its gradients there and its weights not yet moved.
+    (moment,) = chosen(ended.moments, "gradients 6")
+    folder = workshop.killed("ppo", moment)
+    assert newest_checkpoint(folder).name == "step_000001.002"
+    assert len(log_lines(folder)) == 1
+    again = workshop.resumed(folder)
+    assert again.code == 0 and "resuming from the checkpoint of step 1 and 2 part(s) of the next" in again.output
+    # What it was learning from was not sampled again, nor was an update made twice.
+    assert [name for name in again.moments if name.startswith("step")] == [f"step {n}" for n in range(6, 12)]
+    assert json.loads((folder / "run.json").read_text())["resumed"][0] | {"at": ""} == {"at": "", "step": 1, "part": 2}
+    assert_same_run(folder, straight)
+
+
+def test_c2_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(workshop: Workshop) -> None:
+    _, ended = workshop.uninterrupted("sft")
+    (moment,) = chosen(ended.moments, ".step_000003.partial/weights.safetensors")
+    folder = workshop.killed("sft", moment, "saving")
+    assert newest_checkpoint(folder).name == "step_000002"
+    assert (folder / "checkpoints" / ".step_000003.partial").is_dir()
+    again = workshop.resumed(folder)
+    assert again.code == 0 and "resuming from the checkpoint of step 2" in again.output
+    assert_same_run(folder, workshop.uninterrupted("sft")[0])
+
+
+def test_a_run_killed_before_it_was_recorded_can_be_started_again(workshop: Workshop) -> None:
+    _, ended = workshop.uninterrupted("sft")
+    (moment,) = chosen(ended.moments, "sft/.run.json.partial")[:1]
+    folder = workshop.killed("sft", moment, "unborn")
+    assert not (folder / "run.json").exists() and (folder / "config.yaml").is_file()
+    assert "has no run.json" in workshop.resumed(folder).output
+    again = command(workshop.folder / "again", "sft", *workshop.settings("sft", "unborn"), "training.max_steps=1")
+    assert again.code == 0, again.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_c1_killed_at_each_step(workshop: Workshop, recipe: str) -> None:
+    """Before each step, and in each between its gradients and its weights; PPO inside its inner epochs as well."""
+    _, ended = workshop.uninterrupted(recipe)
+    moments = chosen(ended.moments, "step ", "gradients ")
+    assert len(moments) == 2 * (12 if recipe == "ppo" else 6)
+    for moment in moments:
+        goes_on(workshop, recipe, moment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_c2_killed_at_each_sync_and_rename(workshop: Workshop, recipe: str) -> None:
+    """At the start, while it saves (PPO: inside an iteration and at its end), after the last checkpoint."""
+    moments = workshop.uninterrupted(recipe)[1].moments
+    window = within(moments, "step 6", "step 8") if recipe == "ppo" else within(moments, "step 1", "step 2")
+    last = chosen(moments, "rename to")[-2]  # the last one is that of run.json
+    for moment in [*range(moments.index("step 0")), *window, *range(last, len(moments))]:
+        goes_on(workshop, recipe, moment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("stride", [14, 23])
+def test_c1_killed_again_and_again(workshop: Workshop, recipe: str, stride: int) -> None:
+    """Each process dies a little later than its predecessor; together they make the run that nobody interrupts."""
+    straight, _ = workshop.uninterrupted(recipe)
+    folder = workshop.killed(recipe, stride, f"{recipe}-again-{stride}")
+    for lives in range(1, 100):
+        ended = workshop.resumed(folder, kill_at=stride + 4 * lives)
+        if ended.code == 0:
+            break
+        assert ended.code == -signal.SIGKILL, ended.output
+    assert lives > 3 and status(folder) == "finished"
+    assert_same_run(folder, straight)
