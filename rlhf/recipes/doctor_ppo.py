@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf.data.chat import join
+from rlhf.data.chat import TokenExample, join
 from rlhf.data.collate import Batch
 from rlhf.data.prompt_dataset import PromptDataset, PromptExample
 from rlhf.eval.doctor import model_checks, reward_checks, token_checks
@@ -67,25 +67,21 @@ class Rollout:
         self.prompts = [prompt.prompt_ids for prompt in self.batch]
         self.trajectory = self.sample(self.prompts)
 
-    def sample(self, prompts: Sequence[Sequence[int]]) -> Trajectory:
-        """Answers as PPO draws them, of a length that does not take long."""
+    def sample(self, prompts: Sequence[Sequence[int]], stops: Sequence[int] | None = None) -> Trajectory:
+        """Answers as PPO draws them, of a length that does not take long; `stops` end them in place of its own."""
         settings = self.config.generation
         short = settings.model_copy(update={"max_new_tokens": min(settings.max_new_tokens, _MAX_NEW_TOKENS)})
-        sampler = Sampler(self.parts.policy, short, self.stops)
+        sampler = Sampler(self.parts.policy, short, stops or self.stops)
         return sampler.sample(prompts, derive_seed(self.config.run.seed, "doctor"))
 
     def findings(self, stand_in: bool) -> Iterator[Finding]:
         """Everything about policy and reference; see `examine_ppo` for `stand_in`."""
         policy, reference, trajectory = self.parts.policy, self.parts.reference, self.trajectory
-        cut_short = stand_in or self.config.generation.max_new_tokens > _MAX_NEW_TOKENS
-        yield token_checks.samples_end_at_a_stop(trajectory, self.stops, cut_short=cut_short)
+        knows = 1.0 if stand_in else model_checks.stop_probability(policy, trajectory, self.stops)
+        yield token_checks.samples_end_at_a_stop(trajectory, self.stops, knows, policy.backbone.vocab_size)
         yield token_checks.end_in_prompt_changes_no_rollout(self.sample, self.prompts, self.stops)
-        finished = trajectory.finished_B.nonzero().flatten().tolist()[:NUM_PASSES]
-        rows = [join(*both) for both in zip(trajectory.prompts(), trajectory.responses(), strict=True)]
-        if finished:
-            pad = self.subject.tokenizer.pad_token_id
-            few = [rows[place] for place in finished]
-            yield token_checks.masks_survive_padding(few, lambda pad: self._padded(pad, finished), self.stops, pad)
+        yield self.padding()
+        rows = _as_examples(trajectory)
         yield model_checks.left_padding_changes_nothing(policy.backbone, policy.adapter, rows[:NUM_PASSES])
         yield model_checks.no_dropout(self._forward, policy)
         yield model_checks.ratio_starts_at_one(policy, trajectory, recomputes=self.config.ppo.recompute_logprobs)
@@ -96,6 +92,16 @@ class Rollout:
             ),
             trajectory,
         )
+
+    def padding(self) -> Finding:
+        """T2 on finished samples; where none ended by itself, the third token of the first is taken for an end."""
+        ended = bool(self.trajectory.finished_B.any())
+        stops = self.stops if ended else [*self.stops, int(self.trajectory.response_ids_BR[0, :3][-1])]
+        drawn = self.sample(self.prompts, stops)
+        places = drawn.finished_B.nonzero().flatten().tolist()[:NUM_PASSES]
+        rows = [_as_examples(drawn)[place] for place in places]
+        pad = self.subject.tokenizer.pad_token_id
+        return token_checks.masks_survive_padding(rows, lambda one: self._padded(one, stops, places), stops, pad)
 
     def reward_findings(self) -> Iterator[Finding]:
         """V9 and V8 of the reward model, loaded and asked as PPO does."""
@@ -143,28 +149,29 @@ class Rollout:
         starts = learned.encoder.prompt_ids_batch(prompts)
         return list(zip(starts, learned.encoder.response_ids_batch(prompts, texts), strict=True))
 
-    def _padded(self, pad: int, places: Sequence[int]) -> Batch:
+    def _padded(self, pad: int, stops: Sequence[int], places: Sequence[int]) -> Batch:
         """The same samples drawn once more, with another token to pad."""
         tokenizer = self.parts.policy.backbone.tokenizer
         former, tokenizer.pad_token_id = tokenizer.pad_token_id, pad
         try:
-            trajectory = self.sample(self.prompts).select(torch.tensor(list(places), device=self.trajectory_device))
+            drawn = self.sample(self.prompts, stops)
         finally:
             tokenizer.pad_token_id = former
+        trajectory = drawn.select(torch.tensor(list(places), device=drawn.response_ids_BR.device))
         prompts_BP = torch.zeros_like(trajectory.prompt_mask_BP)
         actions_BT = torch.cat([prompts_BP, trajectory.response_mask_BR], dim=1)
         attended_BT = trajectory.attention_mask_BT
         return Batch(trajectory.input_ids_BT, attended_BT, actions_BT, positions_from_mask(attended_BT))
-
-    @property
-    def trajectory_device(self) -> torch.device:
-        return self.trajectory.response_ids_BR.device
 
     def _forward(self) -> Tensor:
         trajectory = self.trajectory
         return self.parts.policy.response_statistics(
             trajectory.input_ids_BT, trajectory.attention_mask_BT, trajectory.response_mask_BR, trajectory.temperature
         ).logprobs_BR
+
+
+def _as_examples(trajectory: Trajectory) -> list[TokenExample]:
+    return [join(*both) for both in zip(trajectory.prompts(), trajectory.responses(), strict=True)]
 
 
 def _without_reward_model(config: PPOConfig) -> PPOConfig:

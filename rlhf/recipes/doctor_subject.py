@@ -120,7 +120,7 @@ class Subject:
         """The examples that the length limit leaves, and T10; `behind` tokens more will be generated behind each.
 
         Raises:
-            CannotGoOnError: it leaves none.
+            CannotGoOnError: it leaves none, or some that the model has no positions for.
         """
         limit = int(data.model_dump()[key])
         every = kind.from_rows(self.rows, self.encoder, data.model_copy(update={key: UNLIMITED, "max_samples": None}))
@@ -131,6 +131,8 @@ class Subject:
             raise CannotGoOnError(token_checks.no_row_is_left(str(error), lengths, limit, f"data.{key}")) from None
         longest = max(length(example) for example in kept.examples) + behind
         finding = token_checks.long_rows_are_counted(lengths, kept.report, limit, longest, self.context, f"data.{key}")
+        if finding.level == "red":
+            raise CannotGoOnError(finding)
         return kept.examples, finding
 
     def spread(self, examples: Sequence[ItemT], length: Callable[[ItemT], int], count: int = NUM_PASSES) -> list[ItemT]:

@@ -118,26 +118,35 @@ def learning_rate_moves_weights(
     steady = config.model_copy(update={"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0})
     trainer = Trainer(copies, steady, _NUM_UPDATES)
     for _ in range(_NUM_UPDATES):
-        trainer.step(
-            [copies], lambda weights: LossOutput(torch.stack([w.float().sum() for w in weights.values()]).sum())
-        )
-    stuck = _share([copies[name] == before[name] for name in copies])
+        trainer.step([list(copies.values())], _sum_of)
+    stuck = _share([(before[name], copies[name] == before[name]) for name in copies])
     kinds = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters.values()})
     seen = (
-        f"{stuck:.1%} of the weights ({', '.join(kinds)}) stand still in {_NUM_UPDATES} updates at "
+        f"{stuck:.1%} of the weights ({', '.join(kinds)}) stand still in {_NUM_UPDATES} updates at a rate of "
         f"{config.learning_rate:g}"
     )
     if stuck > 0.05:
         fix = "raise optimizer.learning_rate, or keep the trained weights in fp32"
         return RATE.red(seen, fix) if stuck > 0.5 else RATE.yellow(seen, fix)
     farthest, dtype = config.learning_rate * num_steps, torch_dtype(compute_dtype)
-    unseen = _share([(tensor - farthest).to(dtype) == tensor.to(dtype) for tensor in before.values()])
+    unseen = _share([(weights, (weights - farthest).to(dtype) == weights.to(dtype)) for weights in before.values()])
     if unseen > 0.5:
         return RATE.yellow(
             f"{seen}, but {unseen:.1%} of them look the same in {compute_dtype} after all {num_steps} steps",
             "raise optimizer.learning_rate or train longer; a model saved in that format would be the one it began as",
         )
     return RATE.green(seen)
+
+
+@torch.no_grad()
+def stop_probability(policy: Policy, trajectory: Trajectory, stop_ids: Sequence[int]) -> float:
+    """Mean probability that the token behind each sampled response is a stop token."""
+    backbone = policy.backbone
+    hidden_BTD = backbone.hidden(trajectory.input_ids_BT, trajectory.attention_mask_BT, adapter=policy.adapter)
+    rows = torch.arange(len(trajectory), device=hidden_BTD.device)
+    last_B = trajectory.prompt_ids_BP.shape[1] + trajectory.lengths_B - 1
+    logits_BV = backbone.logits(hidden_BTD[rows, last_B], adapter=policy.adapter).float()
+    return float(logits_BV.softmax(dim=-1)[:, list(stop_ids)].sum(dim=-1).mean())
 
 
 def _policy_logprobs(policy: Policy, trajectory: Trajectory) -> Tensor:
@@ -162,5 +171,11 @@ def _some(parameter: nn.Parameter) -> Tensor:
     return flat[:: max(1, flat.numel() // _PER_TENSOR)].clone()
 
 
-def _share(flags: Sequence[Tensor]) -> float:
-    return float(torch.cat([one.flatten() for one in flags]).float().mean())
+def _share(tensors: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Share of weights whose flag is True, from pairs of (weights, flags).
+
+    Any step moves a 0, so weights that are 0 count only where there is nothing else.
+    """
+    weights = torch.cat([one.flatten().float() for one, _ in tensors])
+    flags = torch.cat([flags.flatten() for _, flags in tensors])
+    return float((flags[weights != 0] if bool((weights != 0).any()) else flags).float().mean())

@@ -53,7 +53,8 @@ def scores_ignore_the_batch(model: AnyReward, rows: Sequence[Sequence[int]], dty
     )
     if finding.level != "green":
         return finding
-    if bool((torch.cat([_scores(model, [row[:-1]]) for row in rows]) == alone_B).all()):
+    without_last_B = torch.cat([_scores(model, [row[:-1]]) for row in rows])
+    if Gap.between(alone_B, without_last_B).largest <= bounds.sound:
         role = "the pad token, which it passes over" if rows[0][-1] == pad else "not seen"
         return PLACE.yellow(
             f"the last token of an answer does not change its score: it is {role}",

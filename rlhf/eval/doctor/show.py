@@ -11,12 +11,12 @@ from rlhf.eval.doctor.finding import Finding
 
 def show(console: Console, finding: Finding, stage: str = "") -> None:
     """Print a finding; what a fault breaks and the fix stand behind it where there is something to mend."""
-    what = f"{finding.title}: {finding.seen}"
+    what = f"{finding.title}: {finding.seen.rstrip('.')}"
     if finding.level != "green":
-        what += f". It would break: {finding.breaks}. Fix: {finding.fix}"
+        what += f". It would break: {finding.breaks}. Fix: {finding.fix.rstrip('.')}"
     if not console.is_terminal:
-        columns = [stage, f"{finding.level:<6}", f"{finding.id:<5}", what]
-        console.print("  ".join(column for column in columns if column), markup=False)
+        columns = [f"{stage:<8}"] * bool(stage) + [f"{finding.level:<6}", f"{finding.id:<5}", what]
+        console.print("  ".join(columns), markup=False)
         return
     grid = Table.grid(padding=(0, 2))
     cells = [Text(finding.level, style=finding.level), Text(finding.id), Text(what)]

@@ -32,6 +32,8 @@ LENGTH = Check("T10", "over-long rows are counted", "answers lose their end, or 
 _PROBE = "answerprobe"
 # Rows lost to the length limit up to this share are worth a number, not a warning.
 _LOST_SHARE = 0.01
+# A token that was never a target is far less likely than one in the vocabulary's size.
+_NEVER_LEARNT = 0.1
 
 
 def template_shows_answers(tokenizer: PreTrainedTokenizerBase) -> Finding:
@@ -106,23 +108,24 @@ def answers_end_at_a_stop(
     return STOP.green(f"{len(examples)} of {len(examples)} answers end in {names}")
 
 
-def samples_end_at_a_stop(trajectory: Trajectory, stop_ids: Sequence[int], *, cut_short: bool) -> Finding:
+def samples_end_at_a_stop(
+    trajectory: Trajectory, stop_ids: Sequence[int], stop_probability: float, vocab_size: int
+) -> Finding:
     """T3 for rollouts: an answer is finished exactly where a stop token stands, which is its last.
 
-    `cut_short`: fewer tokens were sampled than the run would, so that no end among them says nothing.
+    Yellow where none ended and `stop_probability`, that of a stop token next, says that the policy never learnt to.
     """
     stops, wrong = set(stop_ids), 0
     for response, finished in zip(trajectory.responses(), trajectory.finished_B.tolist(), strict=True):
         early = any(token in stops for token in response[:-1])
         wrong += early or (response[-1] in stops and not finished)
-    num_finished = int(trajectory.finished_B.sum())
-    seen = f"{num_finished} of {len(trajectory)} samples ended by themselves"
+    seen = f"{int(trajectory.finished_B.sum())} of {len(trajectory)} samples ended by themselves"
     if wrong:
         return STOP.red(f"{counted(wrong, len(trajectory), 'samples')} go on behind a stop token", "report it as a bug")
-    if not num_finished and not cut_short:
+    if not trajectory.finished_B.any() and stop_probability < _NEVER_LEARNT / vocab_size:
         return STOP.yellow(
-            f"none of {len(trajectory)} samples ended by itself",
-            "start from an SFT policy that has learnt to stop, or raise generation.max_new_tokens",
+            f"{seen}, and the policy gives a stop token a probability of {stop_probability:.0e}",
+            "start from an SFT policy that has learnt to stop",
         )
     return STOP.green(seen)
 
@@ -134,7 +137,8 @@ def masks_survive_padding(
 
     `rows` are finished answers; `collate(pad)` makes the batch that holds just these, padded with that token.
     """
-    eos, other = stop_ids[-1], next(token for token in (pad_token_id, 0, 1, 2) if token not in stop_ids)
+    eos = stop_ids[-1]
+    other = next(token for token in (pad_token_id, *range(len(stop_ids) + 1)) if token not in stop_ids)
     with_eos, with_other = collate(eos), collate(other)
     lost = 0
     for place, row in enumerate(rows):
@@ -209,8 +213,8 @@ def one_bos_at_most(
     doubled = sum(_num_bos(row, bos_id, at_start=True) > 1 for row in retokenised)
     if doubled:
         return BOS.yellow(
-            "template and tokenizer both write it; one is taken out here, but a program that tokenises the rendered "
-            "text has two",
+            "template and tokenizer together write it twice; one is taken out here, but a program that tokenises the "
+            "rendered text keeps both",
             "take it out of the template, or serve with add_special_tokens=False",
         )
     return BOS.green(f"at most one in {sum(map(len, paths.values()))} rows of {len(paths)} paths ({', '.join(paths)})")
