@@ -142,7 +142,7 @@ class TokenDataset(ABC, Generic[ExampleT, ConfigT]):
 
     def _fill(self, loaded: LoadedRows) -> FilterReport:
         rows, limit = loaded.rows, self.config.max_samples
-        order = list(range(len(rows)))
+        order: Sequence[int] = range(len(rows))
         if limit is not None and limit < len(rows):
             # Published files are often sorted by source, so their first rows would be no sample.
             order = epoch_order(len(rows), self.config.split_seed, epoch=0)

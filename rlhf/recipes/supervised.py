@@ -46,11 +46,17 @@ class TrainingConfig(Config):
     )
     logging_steps: int = Field(1, ge=1, description="optimizer steps per line of the log")
 
-    def idle_keys_without_validation(self) -> dict[str, str]:
-        """Idle keys of a recipe whose `data` has no rows to validate on, as the recipe names them."""
-        return dict.fromkeys(
-            ["training.eval_steps", "training.early_stopping_patience"], "data has no rows to validate on"
-        )
+    def idle_keys_with(self, has_validation: bool, packed_length: int | None = None) -> dict[str, str]:
+        """Idle keys of a recipe with such data, as the recipe names them; `packed_length` is that of packed rows."""
+        idle = {}
+        if not has_validation:
+            names = ["training.eval_steps", "training.early_stopping_patience"]
+            idle |= dict.fromkeys(names, "data has no rows to validate on")
+        if packed_length is not None and self.max_tokens_per_micro_batch < packed_length:
+            idle["training.max_tokens_per_micro_batch"] = (
+                f"one packed row of data.max_length, {packed_length} tokens, is more than that"
+            )
+        return idle
 
     @property
     def rows_per_step(self) -> int:
@@ -168,7 +174,7 @@ class SupervisedLoop(Generic[MicroBatch]):
         per_epoch = math.ceil(self.method.num_rows / self.config.rows_per_step)
         epoch, place = divmod(step, per_epoch)
         order = epoch_order(self.method.num_rows, self.run.config.seed, epoch)
-        return order[place * self.config.rows_per_step : (place + 1) * self.config.rows_per_step]
+        return list(order[place * self.config.rows_per_step : (place + 1) * self.config.rows_per_step])
 
     def _last_step(self) -> bool:
         return self.progress.done or self.progress.step >= self.num_steps
