@@ -114,11 +114,9 @@ class Run:
         """
         info = _describe(recipe, run, lineage or {}, data_files) | {"fingerprints": dict(fingerprints or {})}
         folder = _folder_for(recipe, run)
-        refuse_taken(folder, run.overwrite)
-        try:
+        with disk_errors_named(f"run folder '{folder}' cannot be made"):
+            refuse_taken(folder, run.overwrite)
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run folder '{folder}' cannot be made: {error.strerror}") from None
         lock = FolderLock(folder)
         try:
             refuse_taken(folder, run.overwrite)  # another process may have been here since

@@ -87,7 +87,7 @@ def first_nonfinite(
     """
     for name, tensor in tensors_of(micro_batches):
         if not _is_finite(tensor):
-            return f"{name} of the batch"
+            return f"tensor {name} of the batch"
     found: list[str] = []
     names: dict[nn.Module, str] = {}
 

@@ -141,7 +141,7 @@ def test_c1_ppo_killed_inside_an_inner_epoch_goes_on_bit_for_bit(workshop: Works
     straight, ended = workshop.uninterrupted("ppo")
     # The third of the four updates of the second iteration, with its gradients there and its weights not yet moved.
     (moment,) = chosen(ended.moments, "gradients 6")
-    folder = workshop.killed("ppo", moment)
+    folder = workshop.killed("ppo", moment, "inside")
     assert newest_checkpoint(folder).name == "step_000001.002"
     assert len(log_lines(folder)) == 1
     again = workshop.resumed(folder)
@@ -190,7 +190,7 @@ def test_c2_killed_at_each_sync_and_rename(workshop: Workshop, recipe: str) -> N
     """At the start, while it saves (PPO: inside an iteration and at its end), after the last checkpoint."""
     moments = workshop.uninterrupted(recipe)[1].moments
     window = within(moments, "step 6", "step 8") if recipe == "ppo" else within(moments, "step 1", "step 2")
-    last = chosen(moments, "rename to")[-2]  # the last one is that of run.json
+    last = [n for n in chosen(moments, "rename to") if "/checkpoints/" in moments[n]][-1]
     for moment in [*range(moments.index("step 0")), *window, *range(last, len(moments))]:
         goes_on(workshop, recipe, moment)
 
