@@ -22,7 +22,7 @@ def known_keys(cls: type[BaseModel]) -> dict[str, FieldInfo]:
     found: dict[str, FieldInfo] = {}
     for name, field in cls.model_fields.items():
         found[name] = field
-        for section in _sections_in(field.annotation):
+        for section in sections_in(field.annotation):
             found |= {f"{name}.{key}": below for key, below in known_keys(section).items()}
     return found
 
@@ -111,8 +111,8 @@ def _item_keys_along(fields: Mapping[str, FieldInfo], location: Sequence[str | i
         item = ".".join(map(str, location[: depth + 1]))
         if holder is None or item in fields:
             continue
-        direct = set(_sections_in(holder.annotation))
-        for section in set(_sections_in(holder.annotation, inside_containers=True)) - direct:
+        direct = set(sections_in(holder.annotation))
+        for section in set(sections_in(holder.annotation, inside_containers=True)) - direct:
             found[item] = FieldInfo(annotation=section)
             found |= {f"{item}.{key}": below for key, below in known_keys(section).items()}
     return found
@@ -133,7 +133,7 @@ def _dotted(location: Sequence[str | int], fields: Mapping[str, FieldInfo], is_u
     return ".".join(parts)
 
 
-def _sections_in(annotation: Any, inside_containers: bool = False) -> Iterator[type[BaseModel]]:
+def sections_in(annotation: Any, inside_containers: bool = False) -> Iterator[type[BaseModel]]:
     """Config classes in an annotation: `Section` and `Section | None`, on request also `list[Section]` and the like."""
     if isinstance(annotation, type) and not get_args(annotation):
         if issubclass(annotation, BaseModel):
@@ -143,4 +143,4 @@ def _sections_in(annotation: Any, inside_containers: bool = False) -> Iterator[t
     if is_container and not inside_containers:
         return
     for argument in get_args(annotation):
-        yield from _sections_in(argument, inside_containers)
+        yield from sections_in(argument, inside_containers)

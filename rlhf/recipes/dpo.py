@@ -51,7 +51,7 @@ class DPOConfig(Config):
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
-        idle = {} if self.data.has_validation else self.training.idle_keys_without_validation()
+        idle = self.training.idle_keys_with(self.data.has_validation)
         idle["model.name_or_path"] = "`policy` names the model"
         if self.model.lora.lora_dropout > 0:
             idle["model.lora.lora_dropout"] = "dropout acts in SFT and reward modelling only"

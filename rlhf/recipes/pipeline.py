@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf.data.data_config import SourceConfig
 from rlhf.data.tinychat import LabellerConfig, preference_pairs, prompt_rows
@@ -61,6 +61,12 @@ class PipelineConfig(Config):
     )
     ppo: PPOConfig | None = Field(default_factory=PPOConfig, description="PPO against the reward model; null: left out")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="the comparison and its report")
+
+    @model_validator(mode="after")
+    def _adapters_keep_their_base(self) -> PipelineConfig:
+        if self.reward.model.random_init and "backbone" not in given_keys(self.reward):
+            raise ValueError("reward.model.random_init=true would put the SFT stage's adapter on random weights")
+        return self
 
     def in_effect(self) -> PipelineConfig:
         """Every stage with the run, the data and the predecessors that the pipeline gives it."""

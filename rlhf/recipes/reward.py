@@ -57,7 +57,7 @@ class RewardConfig(Config):
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
-        idle = {} if self.data.has_validation else self.training.idle_keys_without_validation()
+        idle = self.training.idle_keys_with(self.data.has_validation)
         idle["model.name_or_path"] = "`backbone` names the model"
         idle["model.train"] = "reward.train says what trains"
         if self.reward.train != "lora":

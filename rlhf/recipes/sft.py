@@ -47,7 +47,8 @@ class SFTConfig(Config):
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
-        return {} if self.data.has_validation else self.training.idle_keys_without_validation()
+        packed_length = self.data.max_length if self.packing else None
+        return self.training.idle_keys_with(self.data.has_validation, packed_length)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class ShapingConfig(Config):
 
     def idle_keys(self) -> dict[str, str]:
         """See `Config.idle_keys`."""
-        if self.length_budget is None:
+        if self.length_budget is None and self.length_penalty > 0:
             return {"length_penalty": "length_budget is null, so no token is beyond it"}
         return {"length_budget": "length_penalty is 0"} if self.length_penalty == 0 else {}
 

@@ -1,0 +1,421 @@
+"""What is to happen when a configuration key is changed, for every key there is (checklist C9).
+
+The keys come from the classes; `cases` looks each of them up here, and a key that is missing fails the tests. A value
+is what stands on the command line. Names in braces stand for files and models that the tests make, and settings that
+begin with a dot belong to the section of the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from pydantic import BaseModel
+
+from rlhf.algo.kl import KLConfig
+from rlhf.algo.trainer import OptimizerConfig
+from rlhf.data.data_config import DataConfig, InstructionDataConfig, PromptDataConfig, SourceConfig
+from rlhf.data.tinychat.labeller import LabellerConfig
+from rlhf.eval.suites import SuiteConfig
+from rlhf.infra.config_errors import sections_in
+from rlhf.infra.experiment import RunConfig
+from rlhf.models.backbone import ModelConfig
+from rlhf.models.decoding import GenerationConfig
+from rlhf.models.lora import LoRAConfig
+from rlhf.models.reward_model import RewardModelConfig
+from rlhf.recipes.dpo import DPOConfig
+from rlhf.recipes.evaluate import EvaluateConfig
+from rlhf.recipes.pipeline import WorldConfig
+from rlhf.recipes.ppo_config import PPOConfig, PPOSettings
+from rlhf.recipes.pretrain import ArchitectureConfig, PretrainConfig, PretrainDataConfig
+from rlhf.recipes.resume import CONFIGS
+from rlhf.recipes.reward import RewardConfig
+from rlhf.recipes.sft import SFTConfig
+from rlhf.recipes.supervised import TrainingConfig
+from rlhf.rewards.protocol import RewardTermConfig
+from rlhf.rewards.shaping import ShapingConfig
+
+
+@dataclass(frozen=True)
+class Changes:
+    """A run with the key at this value leaves something else behind than one without, both with the settings around."""
+
+    value: str
+    around: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Setting the key to this value is an error whose text holds the words."""
+
+    value: str
+    words: str
+    around: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fails:
+    """A run with the key at this value is refused when it starts, where the machine or the data are known."""
+
+    value: str
+    words: str
+    around: tuple[str, ...] = ()
+
+
+Case = Changes | Refused | Fails
+IDLE = "has no effect here because"
+# A run of well under a second of each recipe, on which the cases build.
+BASE = {
+    "pretrain": ["data.min_length=1", "training.per_device_train_batch_size=6", "optimizer.learning_rate=0.01",
+                 "architecture.hidden_size=24", "architecture.num_hidden_layers=1", "architecture.vocab_size=300",
+                 "architecture.num_key_value_heads=2"],
+    "sft": ["model.name_or_path={base}", "data.min_length=1", "training.per_device_train_batch_size=6",
+            "optimizer.learning_rate=0.01"],
+    "reward": ["backbone={base}", "data.min_length=1", "training.per_device_train_batch_size=6",
+               "optimizer.learning_rate=0.01"],
+    "dpo": ["policy={base}", "data.min_length=1", "training.per_device_train_batch_size=6",
+            "optimizer.learning_rate=0.01"],
+    "ppo": ["policy={base}", "rewards=[{{name: target_string, arguments: {{text: red}}}}]", "ppo.num_iterations=2",
+            "ppo.rollout_batch_size=8", "ppo.num_ppo_epochs=2", "generation.max_new_tokens=6",
+            "optimizer.learning_rate=0.01"],
+    "eval": ["models={{base: {base}, tuned: {policy}}}", "generation.max_new_tokens=6", "suite.num_heldout=8"],
+}  # fmt: skip
+SHARED = ["run.name=run", "run.output_dir={runs}", "run.device=cpu", "run.num_threads=1", "data.train_files={pairs}"]
+FULL, ALL_TOKENS = ("model.train=full",), ("data.train_on=every_token",)
+TWO_SPLITS, TINYCHAT = ("data.train_files={splits}",), ("data.train_files=[]",)
+UNPACKED, PACKED = ("packing=false",), ("packing=true", "data.max_length=24")
+UNVALIDATED = ("data.validation_fraction=0",)
+TARGET = "{{name: target_string, arguments: {{text: red}}}}"
+LENGTH = "{{name: length_penalty, arguments: {{target_words: 2}}}}"
+RULES_ONLY, TWO_RULES = (f"rewards=[{TARGET}]",), (f"rewards=[{TARGET}, {LENGTH}]",)
+SMALL_WORLD = (*TINYCHAT, "suite.num_ood=1", "suite.num_probes=1")
+MODEL_REWARD = ("rewards=[{{name: model}}]", "reward_model={reward}")
+ONE_UPDATE = ("ppo.num_ppo_epochs=1", "ppo.num_mini_batches=1")
+
+CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
+    RunConfig: {
+        "name": [Changes("another")],
+        "output_dir": [Changes("{elsewhere}")],
+        "seed": [Changes("1")],
+        "device": [Fails("{absent_device}", "{absent_device}")],
+        "dtype": [Changes("bf16")],
+        "num_threads": [Changes("2")],
+        "max_minutes": [Changes("1e-9")],
+        "save_every_steps": [Changes("1")],
+        "keep_checkpoints": [Changes("1", (".save_every_steps=1",))],
+        "wandb": [Fails("true", "wandb")],
+        "overwrite": [Changes("true", (".name=taken",)), Refused("true", IDLE, (".name=null",))],
+    },
+    ModelConfig: {
+        "name_or_path": [Refused("{other}", IDLE)],
+        "tokenizer": [Changes("{tokenizer}")],
+        "random_init": [Refused("true", "train it first")],
+        "train": [Changes("full")],
+        "attn_implementation": [Changes("eager")],
+    },
+    LoRAConfig: {
+        "r": [Changes("3"), Refused("3", IDLE, FULL)],
+        "lora_alpha": [Changes("5"), Refused("5", IDLE, FULL)],
+        "lora_dropout": [Changes("0.5"), Refused("0.5", IDLE, FULL)],
+        "target_modules": [Changes("[q_proj]"), Refused("[q_proj]", IDLE, FULL)],
+        "use_rslora": [Changes("true"), Refused("true", IDLE, FULL)],
+    },
+    SourceConfig: {
+        "name": [
+            Changes("toy/hub", (*TINYCHAT, ".max_samples=8")),
+            Fails("no/where", "no/where", TINYCHAT),
+            Refused("no/where", IDLE),
+        ],
+        "train_files": [Changes("{more}")],
+        "validation_files": [Changes("{more}")],
+        "split": [Changes("test", TWO_SPLITS), Refused("test", IDLE), Refused("test", IDLE, TINYCHAT)],
+        "validation_split": [
+            Changes("test", TWO_SPLITS),
+            Refused("test", IDLE, (".validation_files={more}",)),
+            Refused("test", IDLE, TINYCHAT),
+        ],
+        "data_dir": [Changes("part", (".train_files=toy/hub",)), Refused("part", IDLE)],
+        "columns": [Changes("{{prompt: question}}", (".train_files={renamed}",)), Refused("{{a: b}}", IDLE, TINYCHAT)],
+        "validation_fraction": [
+            Changes("0.5"),
+            Refused("0.5", IDLE, (".validation_files={more}",)),
+            Refused("0.5", IDLE, (*TWO_SPLITS, ".validation_split=test")),
+            Refused("0.5", IDLE, TINYCHAT),
+        ],
+        "split_seed": [Changes("1"), Refused("1", IDLE, (".validation_files={more}",))],
+        "max_samples": [Changes("5")],
+        "max_validation_samples": [Changes("1", (".validation_fraction=0.5",)), Refused("1", IDLE, UNVALIDATED)],
+        "system_prompt": [Changes("big")],
+        "hh_as_messages": [Changes("true", (".train_files={hh}",)), Refused("true", IDLE, TINYCHAT)],
+    },
+    DataConfig: {
+        "min_length": [Changes("9"), Refused("600", "no row is kept")],
+        "max_length": [Changes("10")],
+        "overlong": [Changes("truncate_prompt", (".max_length=10",))],
+    },
+    InstructionDataConfig: {"train_on": [Changes("every_token"), Changes("last", (".train_files={chats}",))]},
+    PretrainDataConfig: {"train_on": [Refused("last", "every_token")]},
+    PromptDataConfig: {"max_prompt_length": [Changes("3")]},
+    TrainingConfig: {
+        "num_train_epochs": [Changes("2")],
+        "max_steps": [Changes("2")],
+        "per_device_train_batch_size": [Changes("5")],
+        "gradient_accumulation_steps": [Changes("2")],
+        "max_tokens_per_micro_batch": [
+            Changes("20", UNPACKED),
+            Changes("48", PACKED),
+            Refused("20", IDLE, PACKED),
+        ],
+        "eval_steps": [Changes("1"), Refused("1", IDLE, UNVALIDATED)],
+        "early_stopping_patience": [
+            Changes("1", (".eval_steps=1", "optimizer.learning_rate=3")),
+            Refused("1", IDLE, UNVALIDATED),
+        ],
+        "logging_steps": [Changes("2")],
+    },
+    OptimizerConfig: {
+        "learning_rate": [Changes("0.003")],
+        "adam_beta1": [Changes("0.5")],
+        "adam_beta2": [Changes("0.9")],
+        "adam_epsilon": [Changes("0.01")],
+        "weight_decay": [Changes("0.5")],
+        "max_grad_norm": [Changes("0.0001")],
+        "lr_scheduler_type": [Changes("cosine")],
+        "warmup_ratio": [Changes("0.5"), Refused("0.5", IDLE, (".lr_scheduler_type=constant",))],
+        "max_nonfinite_steps": [Changes("1", (".learning_rate=1e30",))],
+    },
+    GenerationConfig: {
+        "max_new_tokens": [Changes("3")],
+        "temperature": [Changes("0.7")],
+        "top_p": [Changes("0.5"), Refused("0.5", IDLE, (".temperature=0",))],
+        "top_k": [Changes("3"), Refused("3", IDLE, (".temperature=0",))],
+        "stop": [Changes("[cat, dog, red, one, two]")],
+        "merge_adapter": [Changes("false"), Refused("false", IDLE, ("run.dtype=bf16",))],
+        "batch_size": [Changes("3")],
+    },
+    KLConfig: {
+        "coefficient": [Changes("0.5")],
+        "estimator": [Changes("k3"), Refused("k3", IDLE, (".coefficient=0",))],
+        "controller": [Changes("adaptive"), Refused("adaptive", IDLE, (".coefficient=0",))],
+        "target": [Changes("1e-9", (".controller=adaptive",)), Refused("1", IDLE)],
+        "horizon": [Changes("100", (".controller=adaptive",)), Refused("100", IDLE)],
+    },
+    ShapingConfig: {
+        "normalise": [Changes("false")],
+        "clip": [Changes("0.1")],
+        "missing_eos_penalty": [Changes("0.5")],
+        "length_budget": [
+            Changes("2"),
+            Refused("2", IDLE, (".length_penalty=0",)),
+            Refused("6", IDLE, ("generation.max_new_tokens=6",)),
+        ],
+        "length_penalty": [Changes("0.5", (".length_budget=2",)), Refused("0.5", IDLE)],
+        "repetition_penalty": [Changes("5", ("generation.temperature=0.001", "generation.max_new_tokens=12"))],
+        "refusal_penalty": [Changes("5", ("policy={refuser}",))],
+    },
+    RewardTermConfig: {
+        "name": [
+            Changes("keyword_sentiment", ("rewards=[{{name: phrase_endings}}]",)),
+            Refused("a:b", "takes no arguments"),
+        ],
+        "weight": [Changes("3", TWO_RULES)],
+        "arguments": [
+            Changes("{{text: green}}", RULES_ONLY),
+            Refused("{{text: red}}", "takes no arguments", MODEL_REWARD),
+        ],
+    },
+    PPOSettings: {
+        "num_iterations": [Changes("3")],
+        "rollout_batch_size": [Changes("6")],
+        "num_ppo_epochs": [Changes("3")],
+        "num_mini_batches": [Changes("2"), Refused("9", "a rollout has only 8 rows")],
+        "max_tokens_per_micro_batch": [Changes("30")],
+        "clip_range": [Changes("0.001"), Refused("0.1", IDLE, ONE_UPDATE)],
+        "clip_range_high": [Changes("0.001"), Refused("0.1", IDLE, ONE_UPDATE)],
+        "clip_range_value": [
+            Changes("0.001"),
+            Refused("0.1", IDLE, (".vf_coef=0",)),
+            Refused("0.1", IDLE, ONE_UPDATE),
+        ],
+        "vf_coef": [Changes("1")],
+        "entropy_coef": [Changes("0.1")],
+        "gamma": [Changes("0.5")],
+        "lam": [Changes("0.5")],
+        "whiten_advantages": [Changes("false")],
+        "whiten_rewards": [Changes("true")],
+        "target_kl": [Changes("1e-9"), Refused("0.1", IDLE, ONE_UPDATE)],
+        "bootstrap_truncated": [Changes("true"), Refused("true", IDLE, (".vf_coef=0",))],
+        "recompute_logprobs": [Changes("true")],
+        "value_head": [Changes("mlp"), Refused("mlp", IDLE, (".vf_coef=0",))],
+        "value_adapter": [Changes("true"), Refused("true", IDLE, (".vf_coef=0",)), Refused("true", IDLE, FULL)],
+        "save_every_updates": [Changes("1", ("run.keep_checkpoints=9",))],
+    },
+    RewardModelConfig: {"pooling": [Changes("mean")], "train": [Changes("full"), Changes("frozen")]},
+    ArchitectureConfig: {
+        "hidden_size": [Changes("48"), Refused("25", "must be a multiple")],
+        "num_hidden_layers": [Changes("2")],
+        "num_attention_heads": [Changes("2")],
+        "num_key_value_heads": [Changes("1")],
+        "intermediate_size": [Changes("32")],
+        "max_position_embeddings": [Changes("1024"), Refused("16", "more than the context")],
+        "vocab_size": [Changes("301"), Refused("301", IDLE, (".vocab_size=null", ".tokenizer={base}"))],
+        "tokenizer": [Changes("{base}", (".vocab_size=null",))],
+        "attn_implementation": [Changes("eager")],
+    },
+    SuiteConfig: {
+        "num_heldout": [Changes("4", ("data.validation_fraction=0.5",))],
+        "num_ood": [Changes("2", SMALL_WORLD), Refused("2", IDLE)],
+        "num_probes": [Changes("2", SMALL_WORLD), Refused("2", IDLE)],
+        "seed": [Changes("1", SMALL_WORLD), Refused("1", IDLE)],
+    },
+    LabellerConfig: {
+        "temperature": [Changes("5")],
+        "label_noise": [Changes("0.45")],
+        "longer_bonus": [Changes("1")],
+        "flattery_bonus": [Changes("1")],
+        "min_gap": [Changes("0.5")],
+    },
+    WorldConfig: {
+        "num_pairs": [Changes("41")],
+        "num_validation_pairs": [Changes("11")],
+        "num_prompts": [Changes("11")],
+    },
+    PretrainConfig: {"packing": [Changes("false")]},
+    SFTConfig: {"packing": [Changes("true", ("data.max_length=24",))]},
+    RewardConfig: {
+        "backbone": [Changes("{other}")],
+        "use_margin": [Changes("false"), Refused("false", IDLE, TINYCHAT)],
+    },
+    DPOConfig: {"policy": [Changes("{other}")], "loss": [Refused("hinge", "sigmoid")], "beta": [Changes("0.5")]},
+    PPOConfig: {
+        "policy": [Changes("{other}")],
+        "reward_model": [Changes("{other_reward}", MODEL_REWARD), Refused("{reward}", IDLE)],
+        "rewards": [Changes("[{{name: length_penalty, arguments: {{target_words: 2}}}}]")],
+    },
+    EvaluateConfig: {
+        "models": [Changes("{{base: {other}}}"), Changes("{{third: {other}}}")],
+        "reference": [Changes("tuned"), Refused("nobody", IDLE)],
+        "reward_model": [Changes("{reward}")],
+        "num_reward_pairs": [Refused("1", IDLE)],
+        "greedy": [Changes("false")],
+        "use_cache": [Changes("false")],
+        "histories": [Changes("{{curve: {policy}}}")],
+        "title": [Changes("Another title")],
+    },
+}  # fmt: skip
+
+# Where one recipe differs from the others that have the section.
+IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
+    "pretrain": {
+        "data.system_prompt": [Refused("big", IDLE)],
+        "data.overlong": [Refused("truncate_prompt", IDLE)],
+        "data.max_length": [Changes("10"), Refused("3000", "more than the context")],
+        "run.dtype": [Changes("bf16")],
+    },
+    "sft": {
+        "model.name_or_path": [Changes("{other}")],
+        "model.random_init": [Changes("true", FULL), Refused("true", "use model.train=full")],
+        "data.overlong": [Changes("truncate_prompt", (".max_length=10",)), Refused("drop", IDLE, ALL_TOKENS)],
+    },
+    "reward": {
+        "training.max_tokens_per_micro_batch": [Changes("20")],
+        "model.train": [Refused("full", IDLE)],
+        "model.random_init": [
+            Changes("true", ("reward.train=full",)),
+            Refused("true", "use reward.train=full"),
+        ],
+        **{
+            f"model.lora.{name}": [Changes(value), Refused(value, IDLE, (f"reward.train={train}",))]
+            for name, value, train in [
+                ("r", "3", "full"),
+                ("lora_alpha", "5", "frozen"),
+                ("lora_dropout", "0.5", "frozen"),
+                ("target_modules", "[q_proj]", "full"),
+                ("use_rslora", "true", "frozen"),
+            ]
+        },
+    },
+    "dpo": {
+        "training.max_tokens_per_micro_batch": [Changes("20")],
+        "model.lora.lora_dropout": [Refused("0.5", IDLE)],
+    },
+    "ppo": {
+        "model.lora.lora_dropout": [Refused("0.5", IDLE)],
+        "data.max_validation_samples": [Refused("1", IDLE)],
+        "generation.merge_adapter": [
+            Changes("false"),
+            Refused("false", IDLE, ("run.dtype=bf16",)),
+            Refused("false", IDLE, FULL),
+        ],
+    },
+    "eval": {
+        "run.max_minutes": [Refused("1", IDLE)],
+        "run.save_every_steps": [Refused("1", IDLE)],
+        "run.keep_checkpoints": [Refused("1", IDLE)],
+        "model.train": [Refused("full", IDLE)],
+        "model.random_init": [Refused("true", "trained weights")],
+        **{f"model.lora.{name}": [Refused(value, IDLE)] for name, value in [
+            ("r", "3"), ("lora_alpha", "5"), ("lora_dropout", "0.5"), ("target_modules", "[q_proj]"),
+            ("use_rslora", "true"),
+        ]},
+        "data.name": [
+            Changes("toy/hub", TINYCHAT),
+            Fails("no/where", "no/where", TINYCHAT),
+            Refused("no/where", IDLE),
+        ],
+        "data.max_samples": [
+            Changes("5", UNVALIDATED), Refused("5", IDLE), Refused("5", IDLE, TINYCHAT),
+        ],
+        "data.validation_files": [Changes("{more}"), Refused("{more}", IDLE, TINYCHAT)],
+        "data.max_prompt_length": [Changes("3"), Refused("3", IDLE, TINYCHAT)],
+        "data.split_seed": [Changes("1"), Refused("1", IDLE, TINYCHAT)],
+        "num_reward_pairs": [
+            Changes("1", ("reward_model={reward}", "data.validation_fraction=0.5")),
+            Refused("1", IDLE),
+            Refused("1", IDLE, ("reward_model={reward}", *UNVALIDATED)),
+        ],
+        "generation.batch_size": [Changes("3", ("data.validation_fraction=0.5",))],
+    },
+}  # fmt: skip
+
+
+def keys_of(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
+    """Every key below a class that is no section itself: (dotted key, class, name there); items of lists as item 0."""
+    for name, field in cls.model_fields.items():
+        sections = list(sections_in(field.annotation))
+        items = [
+            section for section in sections_in(field.annotation, inside_containers=True) if section not in sections
+        ]
+        for section in sections:
+            yield from keys_of(section, f"{prefix}{name}.")
+        if not sections:
+            yield f"{prefix}{name}", cls, name
+        for item in items:
+            yield from keys_of(item, f"{prefix}{name}.0.")
+
+
+def cases(recipe: str, key: str, cls: type[BaseModel], name: str) -> list[Case]:
+    """What was said of a key; empty where nothing was."""
+    found = IN_ONE_RECIPE.get(recipe, {}).get(key)
+    if found is None:
+        found = next((CASES[owner][name] for owner in cls.__mro__ if name in CASES.get(owner, {})), [])
+    section = key.removesuffix(name)
+    return [_absolute(case, section) for case in found]
+
+
+def stage_keys() -> Iterator[tuple[str, str, list[Case]]]:
+    """(recipe, key, cases) of every recipe that runs alone."""
+    for recipe, cls in CONFIGS.items():
+        if recipe != "pipeline":
+            yield from ((recipe, key, cases(recipe, key, owner, name)) for key, owner, name in keys_of(cls))
+
+
+def overrides(recipe: str, case: Case, places: Mapping[str, object], key: str | None = None) -> list[str]:
+    """The command line of a case: what every run shares, what stands around, and with a key its value."""
+    last = [] if key is None else [f"{key}={case.value}"]
+    return [text.format_map(places) for text in [*SHARED, *BASE[recipe], *case.around, *last]]
+
+
+def _absolute(case: Case, section: str) -> Case:
+    around = tuple(f"{section}{text[1:]}" if text.startswith(".") else text for text in case.around)
+    return replace(case, around=around)
