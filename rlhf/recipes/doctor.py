@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from rlhf.eval.doctor.finding import LEVELS, Finding, Level, worst
 from rlhf.infra.config import Config
@@ -84,6 +85,7 @@ def doctor_config(recipe: str) -> type[Config]:
 def run_doctor(recipe: str, config: Config, tell: Callable[[StageFinding], None] = lambda found: None) -> Diagnosis:
     """Make every check that applies; `tell` hears of each finding at once."""
     started = time.perf_counter()
+    disable_progress_bar()  # bars of loading weights would stand between the lines
     findings = []
     with tempfile.TemporaryDirectory(prefix="rlhf-doctor-") as folder:
         for found in _examined(config, Path(folder)):

@@ -78,7 +78,8 @@ class Rollout:
         """Everything about policy and reference; see `examine_ppo` for `stand_in`."""
         policy, reference, trajectory = self.parts.policy, self.parts.reference, self.trajectory
         knows = 1.0 if stand_in else model_checks.stop_probability(policy, trajectory, self.stops)
-        yield token_checks.samples_end_at_a_stop(trajectory, self.stops, knows, policy.backbone.vocab_size)
+        template = self.subject.tokenizer if self.subject.is_chat else None
+        yield token_checks.samples_end_at_a_stop(trajectory, self.stops, knows, policy.backbone.vocab_size, template)
         yield token_checks.end_in_prompt_changes_no_rollout(self.sample, self.prompts, self.stops)
         yield self.padding()
         rows = _as_examples(trajectory)

@@ -17,7 +17,7 @@ from rlhf.data.collate import Batch, collate_packed, pad_right, pair_batch
 from rlhf.data.instruction_dataset import InstructionDataset
 from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
 from rlhf.data.rows import InstructionRow, Prompt
-from rlhf.eval.doctor import model_checks, reward_checks, token_checks
+from rlhf.eval.doctor import model_checks, reward_checks, row_checks, token_checks
 from rlhf.eval.doctor.finding import Check, Finding
 from rlhf.models.lora import delete_adapter
 from rlhf.models.policy import masked_logprobs
@@ -140,7 +140,7 @@ def _answers(
     yield token_checks.masks_survive_padding(rows, collate, stops, tokenizer.pad_token_id)
     yield token_checks.answers_end_at_a_stop(examples, stops, tokenizer, chat=subject.is_chat)
     yield token_checks.end_in_prompt_changes_no_mask(encode, subject.pairs, str(tokenizer.eos_token))
-    yield token_checks.answers_are_trained(encode, subject.pairs, tokenizer, stops)
+    yield row_checks.answers_are_trained(encode, subject.pairs, tokenizer, stops)
 
 
 def _sft_encode(subject: Subject, config: SFTConfig) -> token_checks.Encode:

@@ -16,7 +16,7 @@ from rlhf.data.loading import load_splits
 from rlhf.data.order import epoch_order
 from rlhf.data.rows import InstructionRow, Prompt, Row
 from rlhf.data.token_dataset import TokenDataset
-from rlhf.eval.doctor import token_checks
+from rlhf.eval.doctor import row_checks
 from rlhf.eval.doctor.finding import Finding
 from rlhf.infra.errors import UserError
 from rlhf.models.backbone import ModelConfig, resolve_model
@@ -69,7 +69,7 @@ class Subject:
             UserError: model or data cannot be read.
         """
         tokenizer, context = _look_up(source, model, output_dir)
-        template = token_checks.template_shows_answers(tokenizer)
+        template = row_checks.template_shows_answers(tokenizer)
         if template.level == "red":
             raise CannotGoOnError(template)
         loaded, _ = load_splits(sampled(data) if data.is_tinychat else data, scratch / "rejected.jsonl", prompts_only)
@@ -107,7 +107,7 @@ class Subject:
         tokenizer = encoder.tokenizer
         rendered = [tokenizer(encoder.render(prompt))["input_ids"] for prompt in self.prompts[:NUM_PAIRS]]
         bos_id = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        return token_checks.one_bos_at_most(paths, rendered, bos_id, encoder.stop_token_ids)
+        return row_checks.one_bos_at_most(paths, rendered, bos_id, encoder.stop_token_ids)
 
     def within_length(
         self,
@@ -128,9 +128,9 @@ class Subject:
         try:
             kept = kind.from_rows(self.rows, self.encoder, data.model_copy(update={"max_samples": None}))
         except UserError as error:
-            raise CannotGoOnError(token_checks.no_row_is_left(str(error), lengths, limit, f"data.{key}")) from None
+            raise CannotGoOnError(row_checks.no_row_is_left(str(error), lengths, limit, f"data.{key}")) from None
         longest = max(length(example) for example in kept.examples) + behind
-        finding = token_checks.long_rows_are_counted(lengths, kept.report, limit, longest, self.context, f"data.{key}")
+        finding = row_checks.long_rows_are_counted(lengths, kept.report, limit, longest, self.context, f"data.{key}")
         if finding.level == "red":
             raise CannotGoOnError(finding)
         return kept.examples, finding

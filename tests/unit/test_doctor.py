@@ -1,8 +1,8 @@
-"""The doctor: every check is green on a sound part and turns colour on a planted fault; the verb on whole set-ups."""
+"""The doctor's checks: each is green on a sound part and turns colour on a planted fault."""
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,29 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from tiny_backbones import Family, add_trained_adapter, random_prompts, tiny_backbone
-from tiny_tokenizers import CHATML, FAMILIES, LLAMA3, NO_END, byte_level, family
+from tiny_tokenizers import CHATML, FAMILIES, byte_level, family
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 from rlhf.algo.trainer import OptimizerConfig
-from rlhf.cli import app
 from rlhf.data.chat import ChatEncoder, TokenExample, join
 from rlhf.data.collate import Batch, pad_right
 from rlhf.data.rows import Prompt
 from rlhf.data.token_dataset import FilterReport
-from rlhf.eval.doctor import model_checks, reward_checks, token_checks
+from rlhf.eval.doctor import model_checks, reward_checks, row_checks, token_checks
 from rlhf.eval.doctor.finding import Finding, Gap, worst
 from rlhf.eval.doctor.show import show
-from rlhf.infra.config import load_config
-from rlhf.infra.errors import UserError
 from rlhf.models.backbone import Backbone
 from rlhf.models.decoding import GenerationConfig
 from rlhf.models.policy import Policy, masked_logprobs
-from rlhf.models.reward_model import HEAD_FILE, ClassifierReward, RewardModel
-from rlhf.recipes.doctor import Diagnosis, StageFinding, doctor_config, run_doctor
+from rlhf.models.reward_model import HEAD_FILE, RewardModel
+from rlhf.recipes.doctor import Diagnosis, StageFinding
 from rlhf.rollout.sampler import Sampler
 from rlhf.rollout.trajectory import Trajectory
 
@@ -146,29 +140,29 @@ def test_T4_an_end_in_the_prompt_must_not_end_the_mask(encoder: ChatEncoder) -> 
 )
 def test_T6_bos_is_counted_on_every_path(rows: list[list[int]], retokenised: list[list[int]], level: str) -> None:
     paths = {"rollout": [[1, 4]], "SFT": rows}
-    assert token_checks.one_bos_at_most(paths, retokenised, 1, [2]).level == level
+    assert row_checks.one_bos_at_most(paths, retokenised, 1, [2]).level == level
 
 
 def test_T6_where_bos_ends_answers_too_only_the_start_counts() -> None:
     rows = {"SFT": [[2, 5, 6, 2]]}
-    assert token_checks.one_bos_at_most(rows, [], 2, [2]).level == "green"
-    assert token_checks.one_bos_at_most({"SFT": [[2, 2, 5]]}, [], 2, [2]).level == "red"
-    assert token_checks.one_bos_at_most(rows, [], None, [2]).level == "green"
+    assert row_checks.one_bos_at_most(rows, [], 2, [2]).level == "green"
+    assert row_checks.one_bos_at_most({"SFT": [[2, 2, 5]]}, [], 2, [2]).level == "red"
+    assert row_checks.one_bos_at_most(rows, [], None, [2]).level == "green"
 
 
 def test_T8_a_template_that_hides_answers_is_seen_before_anything_is_encoded() -> None:
-    found = token_checks.template_shows_answers(byte_level(["<|im_end|>"], "<|im_end|>", template=HIDING))
+    found = row_checks.template_shows_answers(byte_level(["<|im_end|>"], "<|im_end|>", template=HIDING))
     assert found.level == "red"
     refusing = "{{ raise_exception('no chats here') }}"
-    assert token_checks.template_shows_answers(byte_level(["</s>"], "</s>", template=refusing)).level == "red"
+    assert row_checks.template_shows_answers(byte_level(["</s>"], "</s>", template=refusing)).level == "red"
     for name in FAMILIES:
-        assert token_checks.template_shows_answers(family(name)).level == "green"
-    assert token_checks.template_shows_answers(byte_level(["</s>"], "</s>")).level == "green"
+        assert row_checks.template_shows_answers(family(name)).level == "green"
+    assert row_checks.template_shows_answers(byte_level(["</s>"], "</s>")).level == "green"
 
 
 def test_T8_an_empty_mask_is_red_and_another_text_a_risk(encoder: ChatEncoder) -> None:
     def check(encode: token_checks.Encode) -> str:
-        return token_checks.answers_are_trained(encode, PAIRS, encoder.tokenizer, encoder.stop_token_ids).level
+        return row_checks.answers_are_trained(encode, PAIRS, encoder.tokenizer, encoder.stop_token_ids).level
 
     def only_the_end(prompt: Prompt, answer: str) -> TokenExample:
         return masked_by(encoded(encoder)(prompt, answer), lambda token: token in encoder.stop_token_ids)
@@ -194,15 +188,15 @@ def test_T8_an_empty_mask_is_red_and_another_text_a_risk(encoder: ChatEncoder) -
 def test_T10_long_rows(dropped: dict[str, int], notes: dict[str, int], longest: int, level: str) -> None:
     report = FilterReport(10, 8, dropped=dropped, notes=notes)
     lengths = [10, 20, 30, 40, 10, 20, 30, 40, 60, 70]
-    found = token_checks.long_rows_are_counted(lengths, report, 50, longest, 64, "data.max_length")
+    found = row_checks.long_rows_are_counted(lengths, report, 50, longest, 64, "data.max_length")
     assert found.level == level
 
 
 def test_T10_a_few_lost_rows_are_a_number_and_no_warning() -> None:
     report = FilterReport(200, 199, dropped={"too_long": 1})
-    found = token_checks.long_rows_are_counted([10] * 199 + [90], report, 50, 10, None, "data.max_length")
+    found = row_checks.long_rows_are_counted([10] * 199 + [90], report, 50, 10, None, "data.max_length")
     assert (found.level, found.seen[:28]) == ("green", "1 of 200 rows (0.5%) are lon")
-    assert token_checks.no_row_is_left("none", [90, 95], 50, "data.max_length").level == "red"
+    assert row_checks.no_row_is_left("none", [90, 95], 50, "data.max_length").level == "red"
 
 
 # ---------------------------------------------------------------------- rollouts
@@ -213,6 +207,12 @@ def rollout(seed: int = 0, width: int = 12) -> tuple[Policy, Trajectory]:
     policy = Policy(backbone, None)
     sampler = Sampler(policy, GenerationConfig(max_new_tokens=width), [backbone.tokenizer.eos_token_id])
     return policy, sampler.sample(random_prompts(8), seed)
+
+
+def scored(policy: Policy, trajectory: Trajectory) -> Tensor:
+    """Log-probs (B, R) of the samples under a policy."""
+    ids, attended, mask = trajectory.input_ids_BT, trajectory.attention_mask_BT, trajectory.response_mask_BR
+    return policy.response_statistics(ids, attended, mask, trajectory.temperature).logprobs_BR
 
 
 def test_T3_samples_end_at_a_stop_and_a_policy_that_never_stops_is_a_risk() -> None:
@@ -229,6 +229,16 @@ def test_T3_samples_end_at_a_stop_and_a_policy_that_never_stops_is_a_risk() -> N
     assert check(unstoppable, [end], 1e-6, 27).level == "yellow"
     # As likely as any other token: with longer answers it would come.
     assert check(unstoppable, [end], 1 / 27, 27).level == "green"
+
+
+def test_T3_samples_behind_a_template_without_end_of_turn() -> None:
+    policy, trajectory = rollout(width=40)
+    stops = [policy.backbone.tokenizer.eos_token_id]
+    encoder = ChatEncoder(family("no_end"))
+    check = token_checks.samples_end_at_a_stop
+    # The template is asked in the terms of its own tokenizer, whose stop token no sample holds here.
+    assert check(trajectory, encoder.stop_token_ids, 1.0, 27, encoder.tokenizer).level == "yellow"
+    assert check(trajectory, stops, 1.0, 27, None).level == "green"
 
 
 def test_T3_the_probability_of_stopping_is_that_behind_the_last_tokens() -> None:
@@ -334,7 +344,7 @@ def test_P1_half_precision_is_bounded_by_the_mean() -> None:
     policy, trajectory = rollout()
     policy.backbone.dtype_name = "bf16"
     with torch.no_grad():
-        exact = replace(trajectory, logprobs_BR=model_checks._policy_logprobs(policy, trajectory))
+        exact = replace(trajectory, logprobs_BR=scored(policy, trajectory))
     noise = torch.zeros_like(exact.logprobs_BR)
     noise[0, 0] = 0.2  # one rare token, rounded badly
     check = model_checks.ratio_starts_at_one
@@ -357,7 +367,7 @@ def test_P8_the_reference_is_what_the_policy_starts_from() -> None:
     trajectory = Sampler(policy, GenerationConfig(max_new_tokens=6), [1]).sample(random_prompts(4), 0)
 
     def under(adapter: str | None) -> Callable[[Trajectory], Tensor]:
-        return lambda t: model_checks._policy_logprobs(Policy(backbone, adapter), t)
+        return lambda t: scored(Policy(backbone, adapter), t)
 
     check = model_checks.rollout_starts_at_reference
     assert check(policy, under("sft"), trajectory).level == "green"
@@ -447,14 +457,6 @@ def test_V8_a_score_belongs_to_its_answer_alone(kind: type[RewardModel], level: 
     assert reward_checks.scores_ignore_the_batch(kind(backbone), scored_rows(backbone), "fp32").level == level
 
 
-def test_V8_a_classifier_that_pads_with_eos_passes_over_the_end(tmp_path: Path) -> None:
-    write_model(tmp_path, byte_level(["<|im_start|>", "<|im_end|>"], "<|im_end|>", template=CHATML), classifier=True)
-    model = ClassifierReward(str(tmp_path))
-    rows = [[5, 6, 7, model.tokenizer.eos_token_id], [8, 9, 10, 11, 12, model.tokenizer.eos_token_id]]
-    assert model.tokenizer.pad_token_id == model.tokenizer.eos_token_id
-    assert reward_checks.scores_ignore_the_batch(model, rows, "fp32").level == "yellow"
-
-
 @pytest.mark.parametrize(("kind", "level"), [(RewardModel, "green"), (NoHeadInFile, "red"), (NoAdapterInFile, "red")])
 def test_V9_head_and_adapter_come_back_from_disk(kind: type[RewardModel], level: str) -> None:
     torch.manual_seed(0)
@@ -503,193 +505,16 @@ def test_gap_and_worst() -> None:
     assert Gap.between(one, other) == Gap(5.0, 1.375)
     assert Gap.between(one, other, torch.tensor([[True, True], [True, False]])) == Gap(0.5, pytest.approx(1 / 6))
     assert Gap.between(torch.zeros(0), torch.zeros(0)) == Gap(0.0, 0.0)
-    red, yellow = token_checks.BOS.red("a", "b"), token_checks.BOS.yellow("a", "b")
+    red, yellow = row_checks.BOS.red("a", "b"), row_checks.BOS.yellow("a", "b")
     assert (worst([]), worst([yellow]), worst([yellow, red, yellow])) == ("green", "yellow", "red")
 
 
 def test_a_finding_is_one_line_with_what_it_breaks_and_its_fix() -> None:
-    console = Console(width=60, soft_wrap=True, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    show(console, token_checks.BOS.green("none [seen]"))
+    console = Console(width=60, soft_wrap=True, record=True, file=io.StringIO())
+    show(console, row_checks.BOS.green("none [seen]"))
     show(console, Finding("T6", "title", "red", "two seen.", "the opening", "take one out."), "sft")
     assert console.export_text().splitlines() == [
         "green   T6     at most one beginning-of-sequence: none [seen]",
         "sft       red     T6     title: two seen. It would break: the opening. Fix: take one out",
     ]
-    assert Diagnosis("sft", [StageFinding("sft", token_checks.BOS.red("a", "b"))], 1.0).level == "red"
-
-
-# ---------------------------------------------------------------------- the verb
-
-
-def write_model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, classifier: bool = False) -> None:
-    """A random GPT-2 of two layers with this tokenizer."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=256,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        num_labels=1,
-    )
-    model = GPT2ForSequenceClassification(config) if classifier else GPT2LMHeadModel(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def chat_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
-    tokenizer = byte_level(["<|pad|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", template=template)
-    tokenizer.pad_token = "<|pad|>"
-    return tokenizer
-
-
-@pytest.fixture
-def pairs(tmp_path: Path) -> str:
-    rows = [
-        {"prompt": f"What is {n}+2?", "chosen": f"The answer is {n + 2}.", "rejected": "Yes, of course."}
-        for n in range(12)
-    ]
-    return write_rows(tmp_path / "pairs.jsonl", rows)
-
-
-def write_rows(path: Path, rows: list[dict[str, object]]) -> str:
-    messages = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    path.write_text("".join(json.dumps(row) + "\n" for row in messages), encoding="utf-8")
-    return str(path)
-
-
-def diagnosed(recipe: str, *overrides: str) -> dict[str, str]:
-    """Level by id."""
-    diagnosis = run_doctor(recipe, load_config(doctor_config(recipe), None, overrides))
-    return {found.finding.id: found.finding.level for found in diagnosis.findings}
-
-
-SFT_IDS = ["T10", "T6", "T2", "T3", "T4", "T8", "start", "T1", "P2", "O12"]
-
-
-def test_a_small_gpt2_with_its_own_pad_token_is_sound(tmp_path: Path, pairs: str) -> None:
-    write_model(tmp_path / "model", chat_tokenizer())
-    data = f"data.train_files=[{pairs}]"
-    levels = diagnosed("sft", f"model.name_or_path={tmp_path / 'model'}", data)
-    assert levels == dict.fromkeys(SFT_IDS, "green")
-
-
-@pytest.mark.slow
-def test_the_bundled_model_and_world_are_sound() -> None:
-    dpo = ["T10", "T6", "T2", "T3", "T4", "T8", "start", "T1", "P2", "P8", "O12"]
-    reward = ["T10", "T6", "T2", "T3", "T4", "T8", "start", "P2", "V8", "V9", "O12"]
-    assert diagnosed("dpo", "data.max_samples=20") == dict.fromkeys(dpo, "green")
-    assert diagnosed("rm", "data.max_samples=20") == dict.fromkeys(reward, "green")
-    ppo = ["T10", "T6", "start", "T3", "T4", "T2", "T1", "P2", "P1", "P8", "O12"]
-    assert diagnosed("ppo", "rewards=[{name: keyword_sentiment}]", "data.max_samples=20") == dict.fromkeys(ppo, "green")
-    assert diagnosed("sft", "run.dtype=bf16", "data.max_samples=20") == dict.fromkeys(SFT_IDS, "green")
-
-
-@pytest.mark.parametrize(
-    ("template", "found", "level"),
-    [(NO_END, "T3", "yellow"), (HIDING, "T8", "red"), (LLAMA3, "T6", "yellow")],
-)
-def test_planted_templates(tmp_path: Path, pairs: str, template: str, found: str, level: str) -> None:
-    if template == LLAMA3:  # template and tokenizer both write the beginning
-        special, bos, eos = FAMILIES["llama3"][1:4]
-        tokenizer = byte_level([*special, "<|pad|>"], eos, bos, LLAMA3, adds_bos=True)
-        tokenizer.pad_token = "<|pad|>"
-    else:
-        tokenizer = chat_tokenizer(template)
-    write_model(tmp_path / "model", tokenizer)
-    levels = diagnosed("sft", f"model.name_or_path={tmp_path / 'model'}", f"data.train_files=[{pairs}]")
-    assert {name for name, one in levels.items() if one != "green"} == {found}
-    assert levels[found] == level
-
-
-def test_planted_long_rows(tmp_path: Path) -> None:
-    write_model(tmp_path / "model", chat_tokenizer())
-    rows = [{"prompt": "Hi" * n, "chosen": "Yes, of course.", "rejected": "No."} for n in (1, 2, 3, 4, 60, 70)]
-    data = write_rows(tmp_path / "pairs.jsonl", rows)
-    model, files = f"policy={tmp_path / 'model'}", f"data.train_files=[{data}]"
-    fractionless = "data.validation_fraction=0"
-    some = diagnosed("dpo", model, files, fractionless, "data.max_length=60")
-    assert {name for name, level in some.items() if level != "green"} == {"T10"}
-    assert some["T10"] == "yellow"
-    # Nothing left, and more than the model has positions: nothing else can be looked at.
-    assert diagnosed("dpo", model, files, fractionless, "data.max_length=11") == {"T10": "red"}
-    many = write_rows(tmp_path / "long.jsonl", [{"prompt": "Hi" * 400, "chosen": "Yes.", "rejected": "No."}] * 3)
-    assert diagnosed("dpo", model, f"data.train_files=[{many}]", fractionless, "data.max_length=2000") == {"T10": "red"}
-
-
-@pytest.fixture
-def ppo(tmp_path: Path, pairs: str) -> list[str]:
-    """PPO from a small GPT-2 with a reward model on the same base, in the folder `reward`."""
-    write_model(tmp_path / "model", chat_tokenizer())
-    RewardModel(str(tmp_path / "model")).save(tmp_path / "reward")
-    return [f"policy={tmp_path / 'model'}", f"data.train_files=[{pairs}]", "generation.max_new_tokens=32"]
-
-
-def test_ppo_with_a_sound_reward_model(tmp_path: Path, ppo: list[str]) -> None:
-    levels = diagnosed("ppo", *ppo, f"reward_model={tmp_path / 'reward'}")
-    names = ["T10", "T6", "start", "T3", "T4", "T2", "T1", "P2", "P1", "P8", "V9", "V8", "O12"]
-    assert levels == dict.fromkeys(names, "green")
-
-
-def test_ppo_is_checked_on_a_rollout_even_where_its_reward_model_has_no_head(tmp_path: Path, ppo: list[str]) -> None:
-    (tmp_path / "reward" / HEAD_FILE).unlink()
-    levels = diagnosed("ppo", *ppo, f"reward_model={tmp_path / 'reward'}")
-    assert levels.pop("V9") == "red"
-    assert levels == dict.fromkeys(["T10", "T6", "start", "T3", "T4", "T2", "T1", "P2", "P1", "P8", "O12"], "green")
-
-
-def test_ppo_without_the_reward_model_it_asks_for_and_with_rules_alone(ppo: list[str]) -> None:
-    assert diagnosed("ppo", *ppo)["V9"] == "red"
-    assert "V9" not in diagnosed("ppo", *ppo, "rewards=[{name: keyword_sentiment}]")
-
-
-def test_ppo_with_a_classifier_whose_head_was_lost(tmp_path: Path, ppo: list[str]) -> None:
-    write_model(tmp_path / "classifier", chat_tokenizer(), classifier=True)
-    assert diagnosed("ppo", *ppo, f"reward_model={tmp_path / 'classifier'}")["V9"] == "green"
-    file = tmp_path / "classifier" / "model.safetensors"
-    tensors = load_file(file)
-    del tensors["score.weight"]
-    save_file(tensors, file, metadata={"format": "pt"})
-    assert diagnosed("ppo", *ppo, f"reward_model={tmp_path / 'classifier'}")["V9"] == "red"
-
-
-def test_what_would_end_the_run_is_red() -> None:
-    assert diagnosed("sft", "model.name_or_path=/nowhere/at/all") == {"start": "red"}
-    assert diagnosed("dpo", "data.train_files=[/nowhere/pairs.jsonl]") == {"start": "red"}
-
-
-@pytest.mark.slow
-def test_a_pipeline_is_checked_stage_by_stage() -> None:
-    overrides = ["world.num_pairs=20", "world.num_validation_pairs=10", "world.num_prompts=10"]
-    diagnosis = run_doctor("pipeline", load_config(doctor_config("pipeline"), None, overrides))
-    assert list(dict.fromkeys(found.stage for found in diagnosis.findings)) == ["sft", "reward", "dpo", "ppo"]
-    assert diagnosis.level == "green"
-
-
-@pytest.mark.slow
-def test_a_pipeline_with_pre_training_and_full_fine_tuning(tmp_path: Path) -> None:
-    overrides = ["world.num_pairs=40", "world.num_validation_pairs=10", "world.num_prompts=10"]
-    overrides += ["pretrain.architecture.hidden_size=32", "pretrain.architecture.num_attention_heads=2"]
-    overrides += ["pretrain.architecture.num_hidden_layers=2", "sft.model.train=full"]
-    diagnosis = run_doctor("pipeline", load_config(doctor_config("pipeline"), None, overrides))
-    assert [found for found in diagnosis.findings if found.finding.level == "red"] == []
-    assert diagnosis.findings[0].stage == "pretrain"
-
-
-def test_the_command_line(tmp_path: Path, pairs: str) -> None:
-    runner = CliRunner()
-    write_model(tmp_path / "model", chat_tokenizer())
-    arguments = [f"policy={tmp_path / 'model'}", f"data.train_files=[{pairs}]"]
-    sound = runner.invoke(app, ["doctor", "dpo", "--json", *arguments])
-    assert sound.exit_code == 0
-    told = json.loads(sound.stdout)
-    assert (told["recipe"], told["level"], len(told["findings"])) == ("dpo", "green", 11)
-    assert set(told["findings"][0]) == {"stage", "id", "title", "level", "seen", "breaks", "fix"}
-    broken = runner.invoke(app, ["doctor", "sft", "model.name_or_path=/nowhere/at/all"])
-    assert broken.exit_code == 1
-    assert broken.stdout.splitlines()[-1].startswith("0 green, 0 yellow, 1 red")
-    with pytest.raises(UserError, match="choose from sft, rm, dpo, ppo, pipeline"):
-        runner.invoke(app, ["doctor", "eval"], catch_exceptions=False)
+    assert Diagnosis("sft", [StageFinding("sft", row_checks.BOS.red("a", "b"))], 1.0).level == "red"
