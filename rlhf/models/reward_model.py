@@ -7,6 +7,7 @@ adapter with a scalar head trained here, and `ClassifierReward`, a sequence clas
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,11 @@ class RewardModelConfig(Config):
     train: Literal["lora", "full", "frozen"] = Field(
         "lora", description="adapter and head, every weight, or the head alone"
     )
+    suffix: str = Field(
+        "",
+        description="put behind every answer before the score is read; with the opening of the user's next turn the "
+        "score is read where a model that knows conversations expects the user's reaction",
+    )
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class RewardModel(nn.Module):
         pooling: Pooling = "last",
         train: Literal["lora", "full", "frozen"] = "lora",
         model_config: ModelConfig | None = None,
+        suffix: str = "",
     ) -> None:
         """A backbone, or the name or folder of one to load; an adapter that is missing is added under `train="lora"`.
 
@@ -69,6 +76,8 @@ class RewardModel(nn.Module):
         self.backbone, self.pooling, self.train_mode = backbone, pooling, train
         self.adapter = None if train == "full" else adapter
         self.scale = ScoreScale()
+        self.suffix = suffix
+        self._suffix_ids: list[int] = backbone.tokenizer(suffix, add_special_tokens=False)["input_ids"]
         self.head = nn.Linear(backbone.width, 1, bias=False).to(backbone.device)
         # N(0, 1 / (width + 1)): scores start with unit order of magnitude whatever the width (arXiv:1909.08593).
         nn.init.normal_(self.head.weight, std=(backbone.width + 1) ** -0.5)
@@ -83,6 +92,8 @@ class RewardModel(nn.Module):
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
         """Raw scores (B,); only their differences mean anything (P(a beats b) = sigma(score_a - score_b))."""
         mask_BT = torch.ones_like(input_ids_BT, dtype=torch.bool) if attention_mask_BT is None else attention_mask_BT
+        if self._suffix_ids:
+            input_ids_BT, mask_BT = lengthened(input_ids_BT, mask_BT, self._suffix_ids)
         hidden_BTD = self.backbone.hidden(input_ids_BT, mask_BT, adapter=self.adapter)
         scores_B: Tensor = self.head(pool(hidden_BTD, mask_BT, self.pooling).float()).squeeze(-1)
         return scores_B
@@ -121,6 +132,7 @@ class RewardModel(nn.Module):
             "train": self.train_mode,
             "has_adapter": self.adapter is not None,
             "pooling": self.pooling,
+            "suffix": self.suffix,
             "scale": {"mean": self.scale.mean, "std": self.scale.std},
         }
         (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -146,7 +158,7 @@ class RewardModel(nn.Module):
         name = adapter if description["has_adapter"] else None
         if name is not None:
             backbone.load_adapter(folder, name, "SEQ_CLS")
-        model = cls(backbone, name, description["pooling"], "frozen")
+        model = cls(backbone, name, description["pooling"], "frozen", suffix=description.get("suffix", ""))
         model.head.weight.data.copy_(load_file(folder / HEAD_FILE)["head.weight"])
         model.scale = ScoreScale(**description["scale"])
         model.head.requires_grad_(False)  # and no more: other adapters of a shared backbone may be in training
@@ -197,9 +209,24 @@ def pool(hidden_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
     if pooling == "mean":
         weights_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTD.dtype)
         return (hidden_BTD * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1).clamp(min=1)
-    columns_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
-    last_B = (mask_BT.long() * columns_T).argmax(dim=1)
+    last_B = last_columns(mask_BT)
     return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+
+
+def lengthened(input_ids_BT: Tensor, mask_BT: Tensor, suffix_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (B, T + k), with the k suffix tokens right behind the last attended token of every row."""
+    num_rows, k = len(input_ids_BT), len(suffix_ids)
+    columns_Bk = last_columns(mask_BT).unsqueeze(1) + torch.arange(1, k + 1, device=mask_BT.device)
+    suffix_Bk = torch.tensor(suffix_ids, device=input_ids_BT.device).expand(num_rows, k)
+    ids = torch.cat([input_ids_BT, torch.zeros_like(suffix_Bk)], dim=1).scatter(1, columns_Bk, suffix_Bk)
+    mask = torch.cat([mask_BT, mask_BT.new_zeros(num_rows, k)], dim=1).scatter(1, columns_Bk, True)
+    return ids, mask
+
+
+def last_columns(mask_BT: Tensor) -> Tensor:
+    """Column (B,) of the last attended token of every row, whatever the side of the padding."""
+    columns_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    return (mask_BT.long() * columns_T).argmax(dim=1)
 
 
 def same_base(one: str, other: str) -> bool:

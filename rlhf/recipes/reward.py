@@ -114,7 +114,10 @@ def prepare(config: RewardConfig, device: torch.device, rejected_rows: Path) -> 
     adapter = loaded.adapter if config.reward.train == "frozen" else "reward"
     if loaded.adapter is not None and config.reward.train == "lora":
         loaded.backbone.copy_adapter(loaded.adapter, "reward")
-    model = RewardModel(loaded.backbone, adapter, config.reward.pooling, config.reward.train, config.model)
+    settings = config.reward
+    model = RewardModel(
+        loaded.backbone, adapter, settings.pooling, settings.train, config.model, suffix=settings.suffix
+    )
     encoder = ChatEncoder(model.tokenizer, config.data.system_prompt)
     data, validation = PreferenceDataset.load(config.data, encoder, rejected_rows)
     return RewardParts(model, data.examples, validation.examples if validation else [], str(data.report))

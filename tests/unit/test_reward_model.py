@@ -87,6 +87,28 @@ def test_V8_a_score_depends_on_its_row_alone(family: Family, pooling: Pooling) -
     assert len({round(float(score), 5) for score in alone}) == len(rows)  # an end more is another text
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_a_suffix_is_read_behind_the_last_token_of_every_row(family: Family, tmp_path: Path) -> None:
+    backbone = tiny_backbone(family, separate_pad=family == "qwen2")
+    model = RewardModel(backbone, "reward", suffix="red cat")
+    suffix_ids = backbone.tokenizer("red cat", add_special_tokens=False)["input_ids"]
+    assert len(suffix_ids) >= 2
+    plain = RewardModel(backbone, "reward")
+    plain.head = model.head
+    with torch.no_grad():
+        wanted = torch.cat([plain(torch.tensor([[*row, *suffix_ids]])) for row in ROWS])
+        assert not torch.allclose(wanted, torch.cat([plain(torch.tensor([row])) for row in ROWS]), atol=1e-3)
+        ids, mask = right_padded(ROWS, backbone.tokenizer.pad_token_id)
+        left = pad_left(ROWS, backbone.tokenizer.pad_token_id)
+        wide = torch.nn.functional.pad(ids, (3, 5), value=7), torch.nn.functional.pad(mask, (3, 5), value=False)
+        for inputs in ((ids, mask), (left.input_ids_BP, left.attention_mask_BP), wide, (ids, mask.long())):
+            torch.testing.assert_close(model(*inputs), wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(torch.tensor([ROWS[0]])), wanted[:1], atol=1e-5, rtol=0)
+    model.save(tmp_path)
+    assert json.loads((tmp_path / "reward_config.json").read_text())["suffix"] == "red cat"
+    assert RewardModel.load(tmp_path, tiny_backbone(family, separate_pad=family == "qwen2")).suffix == "red cat"
+
+
 def test_pooling_against_a_loop() -> None:
     hidden = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 1, 0]]).bool()
