@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from rlhf.data.reading import DATA_SUFFIXES, data_files
 from rlhf.infra.config import Config
@@ -15,14 +15,21 @@ TINYCHAT = "tinychat"
 HH_NAME = "Anthropic/hh-rlhf"
 
 
+# One name may stand without brackets; the schema that editors check with has to know.
+Names = Annotated[
+    tuple[str, ...],
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+
+
 class SourceConfig(Config):
     """Where rows come from and which of them are held back for validation: the part every data config shares."""
 
     name: str = Field(
         default=TINYCHAT, description="tinychat (the built-in world) or a hub name; read when train_files is empty"
     )
-    train_files: tuple[str, ...] = Field(default=(), description="files, globs, folders or hub names to train on")
-    validation_files: tuple[str, ...] = Field(
+    train_files: Names = Field(default=(), description="files, globs, folders or hub names to train on")
+    validation_files: Names = Field(
         default=(), description="the same for validation; empty: validation_split or validation_fraction decides"
     )
     split: str = Field(default="train", description="split of the hub data set or folder to train on")
