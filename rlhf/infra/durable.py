@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from rlhf.infra.errors import UserError
 
 # What a disk answers that takes no more: full, over quota, file too large, read-only, not ours, broken.
@@ -93,19 +91,20 @@ def disk_errors_named(what: str, remedy: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         reason = disk_refusal(error)
         if reason is None:
             raise
         raise UserError(f"{what}: {reason}{remedy}") from error
 
 
-def disk_refusal(error: OSError | SafetensorError) -> str | None:
+def disk_refusal(error: Exception) -> str | None:
     """Why the disk refused, or None where that is not what the error says."""
-    if isinstance(error, OSError):
-        return error.strerror if error.errno in _DISK_ERRORS else None
-    found = re.search(r"os error (\d+)", str(error))  # safetensors has the system's number in its text only
-    return os.strerror(int(found[1])) if found and int(found[1]) in _DISK_ERRORS else None
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors and tokenizers, which are written in Rust, have the system's number in their text only.
+    if not isinstance(error, UserError) and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    return os.strerror(number) if number is not None and number in _DISK_ERRORS else None
 
 
 def sync_file(path: Path) -> None:

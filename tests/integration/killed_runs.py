@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_backbones import tiny_model, word_tokenizer
 
 from rlhf.algo.trainer import Trainer
 
 PROCESSES: Any = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
+WORDS = ["red", "green", "blue", "black", "cat", "dog", "bird", "fish", "one", "two", "three"]
 CLOCK_AND_MACHINE = ("time/", "rate/", "memory/")
 
 
@@ -139,3 +141,92 @@ def status(folder: Path) -> str:
 def chosen(moments: Sequence[str], *words: str) -> list[int]:
     """Numbers of the moments whose name holds one of the words."""
     return [number for number, name in enumerate(moments) if any(word in name for word in words)]
+
+
+class Workshop:
+    """A base model, data, an SFT run and, for each recipe, the run that nobody interrupts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        tokenizer = word_tokenizer()
+        tiny_model("llama", len(tokenizer), spread=0.1).save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+        prompts = [f"{a} {b}" for a in WORDS for b in WORDS[:3]]
+        self._write("prompts", [{"prompt": prompt} for prompt in prompts])
+        self._write("pairs", [{"prompt": prompt, "chosen": "good", "rejected": "bad"} for prompt in prompts])
+        self._write("answers", [{"prompt": prompt, "completion": prompt} for prompt in prompts])
+        # Held-out rows that contradict the others: the first validation is the best, and must survive all later ones.
+        self._write("pairs_held", [{"prompt": "four", "chosen": "bad", "rejected": "good"}])
+        self._write("answers_held", [{"prompt": "four", "completion": "horse white horse"}])
+        self.straight: dict[str, tuple[Path, Ended]] = {}
+        made = command(folder / "made", "sft", *self.settings("sft", "source"))
+        assert made.code == 0, made.output
+
+    def _write(self, name: str, rows: list[dict[str, str]]) -> None:
+        (self.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def settings(self, recipe: str, name: str) -> list[str]:
+        """A few steps in which everything that a checkpoint must hold is in use."""
+        data = {"ppo": "prompts", "sft": "answers"}.get(recipe, "pairs")
+        shared = [
+            f"run.output_dir={self.folder}",
+            f"run.name={name}",
+            "run.device=cpu",
+            "run.num_threads=1",
+            "run.save_every_steps=1",
+            f"data.train_files={self.folder / data}.jsonl",
+            "optimizer.learning_rate=0.01",
+            "optimizer.warmup_ratio=0.2",
+        ]
+        if recipe == "ppo":
+            reward = "{name: target_string, arguments: {text: %s}}"
+            return [
+                *shared,
+                "policy=source",
+                "data.validation_fraction=0",
+                f"rewards=[{reward % 'red'}, {reward % 'one'}]",
+                "generation.max_new_tokens=5",
+                "ppo.num_iterations=3",
+                "ppo.rollout_batch_size=8",
+                "ppo.num_ppo_epochs=2",
+                "ppo.num_mini_batches=2",
+                "ppo.max_tokens_per_micro_batch=40",
+                "ppo.value_head=mlp",
+                "ppo.target_kl=null",
+                "ppo.save_every_updates=1",
+                "kl.controller=adaptive",
+                "kl.target=0.05",
+                "kl.horizon=20",
+            ]
+        source = {"sft": "model.name_or_path", "rm": "backbone", "dpo": "policy"}[recipe]
+        dropout = [] if recipe == "dpo" else ["model.lora.lora_dropout=0.3"]
+        return [
+            *shared,
+            f"{source}={self.folder / 'base'}",
+            "model.lora.r=4",
+            "data.min_length=1",
+            f"data.validation_files={self.folder / data}_held.jsonl",
+            "training.per_device_train_batch_size=7",
+            "training.max_steps=6",
+            "training.num_train_epochs=3",
+            "training.eval_steps=2",
+            "training.logging_steps=4",
+            *dropout,
+        ]
+
+    def uninterrupted(self, recipe: str) -> tuple[Path, Ended]:
+        if recipe not in self.straight:
+            ended = command(self.folder / f"{recipe}-made", recipe, *self.settings(recipe, recipe))
+            assert ended.code == 0, ended.output
+            self.straight[recipe] = self.folder / recipe, ended
+        return self.straight[recipe]
+
+    def killed(self, recipe: str, moment: int, name: str = "") -> Path:
+        """The folder of a run that died at a moment."""
+        name = name or f"{recipe}-{moment}"
+        ended = command(self.folder / f"{name}-made", recipe, *self.settings(recipe, name), kill_at=moment)
+        assert ended.code == -signal.SIGKILL, ended.output
+        return self.folder / name
+
+    def resumed(self, folder: Path, kill_at: int | None = None) -> Ended:
+        return command(self.folder / f"{folder.name}-made", "resume", str(folder), kill_at=kill_at)

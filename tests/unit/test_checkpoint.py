@@ -73,6 +73,25 @@ def test_a_step_saved_again_replaces_the_old_one_and_later_ones(tmp_path: Path) 
     assert found is not None and found.state == {"second": True}
 
 
+def test_parts_of_a_step_lie_between_it_and_the_next(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    for step, part in [(1, 0), (1, 1), (1, 2), (1, 11)]:
+        store.save(step, {}, {"at": [step, part]}, part)
+    assert names(tmp_path) == ["step_000001.001", "step_000001.002", "step_000001.011"]
+    found = store.latest()
+    assert found is not None and (found.step, found.part, found.state) == (1, 11, {"at": [1, 11]})
+    assert found.place == "step 1 and 11 part(s) of the next"
+    store.save(2, {}, {"at": [2, 0]})
+    found = store.latest()
+    assert found is not None and (found.step, found.part, found.place) == (2, 0, "step 2")
+    # Taken up before them, later parts belong to a past that was abandoned.
+    store.save(1, {}, {"again": True}, 2)
+    assert names(tmp_path) == ["step_000001.002"]
+    (tmp_path / "step_000001.002").rename(tmp_path / ".step_000001.002.replaced")
+    found = store.latest()
+    assert found is not None and (found.step, found.part, found.state) == (1, 2, {"again": True})
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no_manifest", "bad_manifest", "state"])
 def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
     store = CheckpointStore(tmp_path)

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +116,121 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be made"):
         create(tmp_path / "file")
+
+
+@contextmanager
+def without_rights(folder: Path) -> Iterator[None]:
+    """The folder cannot be written by this process, even where it belongs to root."""
+    folder.chmod(0o555)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="rights of this kind exist on Unix only")
+def test_a_folder_without_rights_is_refused_and_left_as_it_is() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders hide from other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        with create(folder, name="a") as run:
+            (run.folder / "artifact.txt").write_text("precious")
+        (folder / "a").chmod(0o555)
+        with without_rights(folder):
+            with pytest.raises(UserError, match=r"run folder '.*/b' cannot be made: Permission denied"):
+                create(folder, name="b")
+            with pytest.raises(UserError, match=r"run folder '.*/a' cannot be written: Permission denied"):
+                Run.open(folder / "a")
+            with pytest.raises(UserError, match=r"run folder '.*/a' cannot be written: Permission denied"):
+                create(folder, name="a", overwrite=True)
+        assert contents(folder) == {"a"} and (folder / "a" / "artifact.txt").read_text() == "precious"
+        assert read_run_info(folder / "a")["status"] == "finished"
+        (folder / "a").chmod(0o755)
+
+
+def test_a_start_that_was_killed_is_not_in_the_way(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for name in (".lock", "config.yaml", ".run.json.partial"):
+        (folder / name).write_text("half")
+    with create(tmp_path, name="a") as run:
+        assert read_run_info(run.folder)["name"] == "a"
+
+
+def test_a_config_of_the_users_own_is_not_taken_for_a_killed_start(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").write_text("mine")
+    with pytest.raises(UserError, match="already exists"):
+        create(tmp_path, name="a")
+    assert contents(tmp_path / "a") == {"config.yaml"} and (tmp_path / "a" / "config.yaml").read_text() == "mine"
+
+
+def test_an_overwriting_that_was_killed_can_be_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with create(tmp_path, name="a") as run:
+        run.checkpoints.save(1, {}, {})
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            create(tmp_path, name="a", overwrite=True)
+    assert not (tmp_path / "a" / "run.json").exists()  # never taken for a run that is whole
+    with create(tmp_path, name="a", overwrite=True) as run:
+        assert contents(run.folder) == {".lock", "config.yaml", "run.json", "logs", "tb"}
+
+
+def test_a_full_disk_at_the_start_and_at_the_end_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"config\.yaml' could not be written: No space left on device"):
+            create(tmp_path, name="a")
+    run = create(tmp_path, name="a")  # nothing is in the way now
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"run\.json' could not be written"), run:
+            pass
+    assert read_run_info(run.folder)["status"] == "running"
+    again = Run.open(run.folder)  # the lock was let go of
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the first error"), again:
+        patch.setattr(os, "fsync", full)
+        raise RuntimeError("the first error")
+    Run.open(run.folder).finish()
+
+
+def test_a_checkpoint_waits_for_the_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    with create(tmp_path, name="a") as run:
+        run.logger.log(1, {"x": 1.0})
+        synced.clear()
+        run.save(1, {"w": {"a": torch.ones(1)}}, {"n": 1})
+    names = [Path(name).name for name in synced]
+    assert names[:2] == ["train.jsonl", "train.log"] and names[2].startswith("events.out.tfevents.")
+    assert names.index("state.json") > 2
+    found = run.checkpoints.latest()
+    assert found is not None and found.state["n"] == 1
+
+
+def test_when_a_checkpoint_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with create(tmp_path, save_every_steps=3) as run:
+        now[0] += 10_000
+        assert [run.checkpoint_due(step) for step in (1, 2, 3, 4, 6)] == [False, False, True, False, True]
+    with create(tmp_path) as run:  # by the clock: every five minutes
+        now[0] += 299
+        assert not run.checkpoint_due(3)
+        now[0] += 2
+        assert run.checkpoint_due(4)
+        run.save(4, {}, {})
+        assert not run.checkpoint_due(5)
 
 
 # ------------------------------------------------------------------------------------------------- one at a time

@@ -88,6 +88,58 @@ def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     ]
 
 
+def test_what_tensorboard_shows_survives_a_kill_at_once(tmp_path: Path) -> None:
+    logger = RunLogger(tmp_path, console=False)
+    logger.log(1, {"train/loss": 0.5})
+    events = EventAccumulator(str(tmp_path / "tb"))  # the logger is neither synced nor closed
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.5)]
+    logger.close()
+
+
+def test_sentences_of_a_step_that_was_under_way_are_cut_by_their_place(tmp_path: Path) -> None:
+    with RunLogger(tmp_path, console=False) as logger:
+        logger.log(1, {"a": 1.0})
+        logger.info("before the checkpoint: ä")
+        place = logger.sync()
+        assert place == (tmp_path / "logs" / "train.log").stat().st_size
+        logger.info("after it, still in step 1")
+    with RunLogger(tmp_path, console=False, resume_step=1, resume_bytes=place) as logger:
+        logger.info("resumed")
+    text = (tmp_path / "logs" / "train.log").read_text(encoding="utf-8")
+    assert [line.partition(" | ")[2] for line in text.splitlines()] == ["before the checkpoint: ä", "resumed"]
+    assert lines(tmp_path) == ['{"step": 1, "a": 1.0}']
+
+
+@pytest.mark.parametrize("file", ["train.jsonl", "train.log", "tb"])
+def test_a_disk_that_takes_no_more_is_one_clear_sentence(
+    tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no device here that is always full")
+    logger = RunLogger(tmp_path, console=False)
+    logger.log(1, {"a": 1.0})
+    full = Path("/dev/full")
+    if file == "tb":
+        logger._sinks[0]._records._writer = full.open("wb")  # type: ignore[attr-defined]
+        logger._sinks[0]._file = logger._sinks[0]._records._writer  # type: ignore[attr-defined]
+    elif file == "train.log":
+        logger._text_file = full.open("w")
+    else:
+        logger._metrics_file = full.open("w")
+    with pytest.raises(UserError, match=r"the logs in '.*' could not be written: No space left on device; the check"):
+        logger.info("x") if file == "train.log" else logger.log(2, {"a": 2.0})
+    with pytest.raises(UserError, match="No space left on device"):
+        logger.close()  # the buffers still hold what the disk refused
+    assert logger._metrics_file.closed and logger._text_file.closed
+
+
+def test_a_log_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"could not be written: Not a directory"):
+        RunLogger(tmp_path / "file", console=False)
+
+
 def test_resuming_from_the_start_cuts_everything_that_has_a_step(tmp_path: Path) -> None:
     with RunLogger(tmp_path, console=False) as logger:
         logger.log(1, {"a": 1.0})
