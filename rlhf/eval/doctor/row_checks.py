@@ -117,7 +117,8 @@ def long_rows_are_counted(
             f"lower {key} so that rows, with what is generated, stay within {context} tokens",
         )
     if lost > _LOST_SHARE * len(lengths):
-        cut = "" if "prompt_too_long" in reasons else " or set data.overlong=truncate_prompt,"
+        # Prompts alone are never cut, and where prompts are cut already it was the answers that are too long.
+        cut = "" if {"prompt_too_long", "prompt_shortened"} & set(reasons) else " or set data.overlong=truncate_prompt,"
         return LENGTH.yellow(f"{seen}; {fits}", f"raise {key},{cut} or live with it")
     return LENGTH.green(f"{seen}; {fits}")
 
