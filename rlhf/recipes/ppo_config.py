@@ -123,14 +123,18 @@ class PPOConfig(Config):
         return idle
 
     def _idle_in_updates(self) -> dict[str, str]:
-        is_only_one = self.ppo.num_ppo_epochs * self.ppo.num_mini_batches == 1
+        num_updates = self.ppo.num_ppo_epochs * self.ppo.num_mini_batches
+        every, is_only_one = self.ppo.save_every_updates, num_updates == 1
+        saved = {}
+        if every is not None and every >= num_updates:
+            saved["ppo.save_every_updates"] = f"an iteration has {num_updates} update(s): no place inside it is reached"
         # In half precision the rounding of training differs from that of sampling, and clipping sees it.
         is_exact = self.run.dtype == "fp32" or self.ppo.recompute_logprobs
         if not is_only_one:
-            return {}
+            return saved
         reason = "there is one update per rollout, at which policy and critic are still those that sampled"
         bounds = ["clip_range", "clip_range_high", "clip_range_value"] if is_exact else []
-        return dict.fromkeys([f"ppo.{name}" for name in ["target_kl", *bounds]], reason)
+        return saved | dict.fromkeys([f"ppo.{name}" for name in ["target_kl", *bounds]], reason)
 
     @property
     def num_optimizer_steps(self) -> int:
