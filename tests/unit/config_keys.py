@@ -155,7 +155,7 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
     },
     InstructionDataConfig: {"train_on": [Changes("every_token"), Changes("last", (".train_files={chats}",))]},
     PretrainDataConfig: {"train_on": [Refused("last", "every_token")]},
-    PromptDataConfig: {"max_prompt_length": [Changes("3")]},
+    PromptDataConfig: {"max_prompt_length": [Changes("7", UNVALIDATED)]},
     TrainingConfig: {
         "num_train_epochs": [Changes("2")],
         "max_steps": [Changes("2")],
@@ -248,9 +248,13 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "recompute_logprobs": [Changes("true")],
         "value_head": [Changes("mlp"), Refused("mlp", IDLE, (".vf_coef=0",))],
         "value_adapter": [Changes("true"), Refused("true", IDLE, (".vf_coef=0",)), Refused("true", IDLE, FULL)],
-        "save_every_updates": [Changes("1", ("run.keep_checkpoints=9",))],
+        "save_every_updates": [Changes("1", ("run.keep_checkpoints=9",)), Refused("2", IDLE)],
     },
-    RewardModelConfig: {"pooling": [Changes("mean")], "train": [Changes("full"), Changes("frozen")]},
+    RewardModelConfig: {
+        "pooling": [Changes("mean")],
+        "suffix": [Changes("big")],
+        "train": [Changes("full"), Changes("frozen")],
+    },
     ArchitectureConfig: {
         "hidden_size": [Changes("48"), Refused("25", "must be a multiple")],
         "num_hidden_layers": [Changes("2")],
@@ -367,7 +371,7 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
             Changes("5", UNVALIDATED), Refused("5", IDLE), Refused("5", IDLE, TINYCHAT),
         ],
         "data.validation_files": [Changes("{more}"), Refused("{more}", IDLE, TINYCHAT)],
-        "data.max_prompt_length": [Changes("3"), Refused("3", IDLE, TINYCHAT)],
+        "data.max_prompt_length": [Changes("7", UNVALIDATED), Refused("7", IDLE, TINYCHAT)],
         "data.split_seed": [Changes("1"), Refused("1", IDLE, TINYCHAT)],
         "num_reward_pairs": [
             Changes("1", ("reward_model={reward}", "data.validation_fraction=0.5")),

@@ -7,7 +7,16 @@ from typing import Any, Literal
 import pytest
 from pydantic import Field, model_validator
 
-from rlhf.infra.config import Config, explicit_keys, find_config_file, load_config, refuse_idle_keys, to_yaml
+from rlhf.infra.config import (
+    Config,
+    explicit_keys,
+    find_config_file,
+    given_keys,
+    idle_keys,
+    load_config,
+    refuse_idle_keys,
+    to_yaml,
+)
 from rlhf.infra.errors import UserError
 
 
@@ -202,3 +211,68 @@ def test_a_missing_file_lists_the_bundled_ones(tmp_path: Path, monkeypatch: pyte
     bundled = sorted(path.name for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
     for name in bundled:
         assert find_config_file(f"configs/{name}").name == name  # found from any working directory
+
+
+def test_what_was_inherited_is_given_but_not_set(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "num_rows: 20\nkl: {controller: adaptive, horizon: 7}\ncolumns: {a: 1}\nsteps: 3\n")
+    path = write(tmp_path, "own.yaml", "extends: base.yaml\nkl: {horizon: 9}\n")
+    config = load_config(RecipeConfig, path, ["steps=4"])
+    assert explicit_keys(config) == {"kl.horizon", "steps"}
+    assert given_keys(config) == {"kl.horizon", "steps", "num_rows", "kl.controller", "columns"}
+    again = load_config(RecipeConfig, write(tmp_path, "run.yaml", to_yaml(config)))
+    assert again == config
+    assert (explicit_keys(again), given_keys(again)) == (explicit_keys(config), given_keys(config))
+    assert given_keys(RecipeConfig(num_rows=9)) == explicit_keys(RecipeConfig(num_rows=9)) == {"num_rows"}
+
+
+def test_null_on_the_command_line_takes_a_key_of_the_file_back(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "num_rows: 20\nfolder: there\n")
+    path = write(tmp_path, "own.yaml", "extends: base.yaml\nkl: {horizon: 9}\nlearning_rate: 0.5\nquant: {bits: 8}\n")
+    error = error_of(path)
+    assert "'kl.horizon'" in error and "KEY=null takes it back" in error
+    for text in ("kl.horizon=null", "kl=null"):
+        config = load_config(RecipeConfig, path, [text, "num_rows=null"])
+        assert (config.kl, config.num_rows, config.learning_rate) == (KLConfig(), 8, 0.5)
+        assert given_keys(config) == {"learning_rate", "quant.bits", "folder"}
+    # Where null is a value of the key, it is that value.
+    config = load_config(RecipeConfig, path, ["kl=null", "quant=null", "folder=null"])
+    assert config.quant is None and config.folder is None
+    assert explicit_keys(config) == {"learning_rate", "quant", "folder"}
+    assert "got None" in error_of(
+        write(tmp_path, "bad.yaml", "num_rows: null\n")
+    )  # in a file there is a line to remove
+    assert load_config(RecipeConfig, None, ["num_rows=null", "kl.horizon=null"]) == RecipeConfig()
+
+
+class NestedConfig(Config):
+    size: int | None = 3
+    recipe: RecipeConfig = RecipeConfig()
+
+    def in_effect(self) -> NestedConfig:
+        kl = self.recipe.kl.model_copy(update={"controller": "adaptive"})
+        return self.model_copy(update={"recipe": self.recipe.model_copy(update={"kl": kl})})
+
+    def idle_keys(self) -> Mapping[str, str]:
+        return {"recipe.quant": "there is nothing to quantise", "size": "size is of no account", "recipe.steps": "no"}
+
+
+def test_idle_keys_are_those_of_the_config_as_it_is_used() -> None:
+    assert load_config(NestedConfig, None, ["recipe.kl.horizon=5"]).recipe.kl.controller == "fixed"
+    assert set(idle_keys(NestedConfig())) == {"recipe.quant", "size", "recipe.steps"}
+    with pytest.raises(UserError) as caught:
+        load_config(NestedConfig, None, ["recipe.quant.bits=8", "size=2", "recipe.steps=2"])
+    assert str(caught.value) == (
+        "config key 'recipe.quant.bits' has no effect here because there is nothing to quantise; "
+        "config key 'recipe.steps' has no effect here because no; "
+        "config key 'size' has no effect here because size is of no account; "
+        "remove the key (KEY=null takes it back) or change that"
+    )
+    load_config(NestedConfig, None, ["size=null", "recipe.quant=null"])  # null says nothing
+
+
+def test_what_a_program_fills_in_does_not_count_as_set() -> None:
+    config = load_config(RecipeConfig, None, ["num_rows=5"])
+    filled = config.model_copy(update={"kl": config.kl.model_copy(update={"horizon": 3}), "steps": 2})
+    assert (filled.kl.horizon, filled.steps) == (3, 2)
+    assert explicit_keys(filled) == {"num_rows"}
+    refuse_idle_keys(filled)
