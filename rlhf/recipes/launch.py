@@ -22,7 +22,7 @@ from rlhf.recipes.lineage import fingerprints, refuse_changed
 from rlhf.recipes.supervised import Progress
 
 Parts = TypeVar("Parts")
-REJECTED_ROWS = "rejected_rows.jsonl"
+REJECTED_ROWS = "rejected_rows"
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -54,8 +54,10 @@ def launch(
     set_num_threads(settings.num_threads)
     reset_peak_memory(device)
     started = time.perf_counter()
-    aside = settings.output_dir / f"{settings.name or recipe}.{REJECTED_ROWS}"
-    parts = prepare(config, device, aside)
+    prefix = f"{settings.name or recipe}."
+    for left_over in _rejected_rows(settings.output_dir, prefix):  # of a start that was killed or refused
+        left_over.unlink()
+    parts = prepare(config, device, settings.output_dir / f"{prefix}{REJECTED_ROWS}.jsonl")
     found, files = fingerprints(lineage or {}, settings.output_dir), list(data_files)
     if resume is not None:
         refuse_changed(resume, found, files)
@@ -63,8 +65,8 @@ def launch(
     else:
         run = Run.create(recipe, config, settings, lineage, files, found)
     with run, disk_errors_named(f"run '{run.folder}' could not write", f"; mend that and go on: {run.resume_command}"):
-        if aside.is_file():
-            aside.replace(run.folder / REJECTED_ROWS)
+        for rows in _rejected_rows(settings.output_dir, prefix):
+            rows.replace(run.folder / rows.name.removeprefix(prefix))
         steps, tokens = train(config, run, parts)
         earlier = run.info.get("cost", {}) if resume is not None else {}
         run.info["cost"] = {
@@ -81,3 +83,8 @@ def launch(
 def stage_cost(progress: Progress) -> tuple[int, int]:
     """(optimizer steps, tokens) of a supervised stage."""
     return progress.step, progress.tokens
+
+
+def _rejected_rows(folder: Path, prefix: str) -> list[Path]:
+    """The lists of rows that could not be read, of training and of validation data, that lie beside the run folders."""
+    return sorted(folder.glob(f"{prefix}{REJECTED_ROWS}*.jsonl"))
