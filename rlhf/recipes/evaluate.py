@@ -27,7 +27,7 @@ from rlhf.infra.determinism import derive_seed
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.infra.run_folder import RUN_INFO, read_run_info
 from rlhf.models.backbone import ModelConfig
-from rlhf.models.decoding import GenerationConfig
+from rlhf.models.decoding import GenerationConfig, text_before_stop
 from rlhf.models.policy import Policy
 from rlhf.models.reference import Reference
 from rlhf.models.reward_model import RewardModel, load_reward_model
@@ -209,12 +209,17 @@ def answer(
     generation = config.generation if mode == "sampled" else config.generation.model_copy(update={"temperature": 0.0})
     prompt_ids = encoder.prompt_ids_batch([prompt.prompt for prompt in prompts])
     answers = cached_answers(loaded, prompt_ids, generation, encoder, config, run)
-    texts = encoder.decode_batch([answer.response_ids for answer in answers])
+    # As people and rewards read them while PPO trains: without stop strings and what follows those.
+    texts = [
+        text_before_stop(text, generation.stop)
+        for text in encoder.decode_batch([answer.response_ids for answer in answers])
+    ]
     rewards = [None] * len(answers)
     if parts.learned is not None:
         columns: Mapping[str, Sequence[Any]] = {
             "prompt_ids": prompt_ids,
             "completion_ids": [answer.response_ids for answer in answers],
+            "finished": [answer.finished for answer in answers],
         }
         rewards = parts.learned([prompt.prompt for prompt in prompts], texts, **columns)
     golds = gold_scores(prompts, texts, _scorer())
