@@ -21,9 +21,16 @@ from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.resume import CONFIGS, config_class
 
 CONFIG_FILES = Path(__file__).parents[2] / "configs"
-# A file is named by its recipe, or holds a whole pipeline.
-NAMED = {"pretrain_tiny": "pretrain", "sft": "sft", "rm": "rm", "dpo": "dpo", "ppo": "ppo", "eval": "eval"}
-RECIPES = {path.name: NAMED.get(path.stem, "pipeline") for path in sorted(CONFIG_FILES.glob("*.yaml"))}
+
+
+def recipe_of(path: Path) -> str:
+    """The recipe a bundled file is for: that of the command in its header, or of its name, or a whole pipeline."""
+    command = re.search(rf"^#.*\brlhf ({'|'.join([*CONFIGS, 'rm'])}) ", path.read_text(encoding="utf-8"), re.MULTILINE)
+    first = path.stem.partition("_")[0]
+    return command[1] if command else first if first in CONFIGS else "pipeline"
+
+
+RECIPES = {path.name: recipe_of(path) for path in sorted(CONFIG_FILES.glob("*.yaml"))}
 
 
 def rlhf(*arguments: str) -> int:
@@ -128,7 +135,9 @@ def test_show_prints_text_that_yaml_reads(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_bundled_files_are_found() -> None:
-    assert RECIPES.keys() >= {"demo.yaml", "demo_full.yaml", *(f"{name}.yaml" for name in NAMED)}
+    expected = {"demo": "pipeline", "hh_gpt2": "pipeline", "pretrain_tiny": "pretrain", "sft": "sft", "rm": "rm"}
+    expected |= {"dpo": "dpo", "ppo": "ppo", "eval": "eval"}
+    assert {name: RECIPES[f"{name}.yaml"] for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", RECIPES)
