@@ -318,14 +318,14 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
     },
     "sft": {
         "model.name_or_path": [Changes("{other}")],
-        "model.random_init": [Changes("true", FULL), Refused("true", "use model.train=full")],
+        "model.random_init": [Changes("true", (*FULL, "run.seed=1")), Refused("true", "use model.train=full")],
         "data.overlong": [Changes("truncate_prompt", (".max_length=10",)), Refused("drop", IDLE, ALL_TOKENS)],
     },
     "reward": {
         "training.max_tokens_per_micro_batch": [Changes("20")],
         "model.train": [Refused("full", IDLE)],
         "model.random_init": [
-            Changes("true", ("reward.train=full",)),
+            Changes("true", ("reward.train=full", "run.seed=1")),
             Refused("true", "use reward.train=full"),
         ],
         **{
