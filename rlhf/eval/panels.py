@@ -39,6 +39,7 @@ _CATALOGUE: tuple[tuple[str, str, str], ...] = (
     ("Finished responses", "share", r"finished_share"),
     ("Accuracy", "share", r"accurac"),
     ("Margin", "", r"margin"),
+    ("Reward by term", "", r"^reward/term/"),
     ("Reward", "", r"^(rewards?|scores?)/"),
     ("KL coefficient", "", r"kl.*(coef|beta)|^beta$"),
     ("KL of the update", "nats per token", r"(approx|old|update|inner).*kl|kl.*(old|update|k3)|^(policy|ppo|train)/kl"),
@@ -64,7 +65,7 @@ _CATALOGUE: tuple[tuple[str, str, str], ...] = (
 )
 # The order in which panels are shown: what was aimed at first, the machinery after it.
 _ORDER = (
-    "Reward", "Gold score", "KL to the reference", "Entropy", "Loss", "Accuracy", "Margin", "Length",
+    "Reward", "Reward by term", "Gold score", "KL to the reference", "Entropy", "Loss", "Accuracy", "Margin", "Length",
     "Length change", "Refusals", "Repetition", "Finished responses", "Policy loss", "Value loss", "Clip fraction",
     "KL of the update", "Probability ratio", "KL coefficient", "Advantages", "Values and returns",
     "Explained variance", "Clipped, clamped, outlying", "Truncated mass", "Gradient norm", "Learning rate",
