@@ -8,6 +8,7 @@ name the keys that have no effect in the setting at hand (`Config.idle_keys`), a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,17 +73,18 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: S
 
     `extends: other.yaml` in the file names a second file, relative to the first, whose keys come before it. Raises
     `UserError` for a missing file, text that is not YAML, an unknown key, a value out of range, and a key that was set
-    but cannot have an effect.
+    but cannot have an effect. A key of the file that the command line made idle was overruled, not set in error.
     """
     tree: dict[str, Any] = {}
     set_keys: set[str] = set()
     inherited: set[str] = set()
     if path is not None:
         file = read_yaml_file(find_config_file(path))
-        tree, set_keys, inherited = file.tree, set(file.set_keys), set(file.inherited_keys)
-    fields = known_keys(cls)
+        tree, set_keys, inherited = deepcopy(file.tree), set(file.set_keys), set(file.inherited_keys)
+    fields, given_now = known_keys(cls), set[str]()
     for text in overrides:
         key, value = parse_override(text)
+        given_now |= leaf_keys({key: value})
         set_keys, inherited = without_key(set_keys, key), without_key(inherited, key)
         if value is None and key in fields and not accepts_null(fields[key]):
             remove(tree, key)
@@ -94,8 +96,28 @@ def load_config(cls: type[ConfigT], path: str | Path | None = None, overrides: S
     except ValidationError as error:
         raise UserError(explain(cls, error)) from None
     config = _with_origins(config, set_keys, inherited)
+    if overrides and path is not None:
+        overtaken = _overtaken_keys(config, file.tree, given_now)
+        config = _with_origins(config, set_keys - overtaken, inherited | overtaken)
     refuse_idle_keys(config)
     return config
+
+
+def _overtaken_keys(config: Config, file_tree: Mapping[str, Any], given_now: set[str]) -> set[str]:
+    """Keys of the file that the command line made idle: it has the last word, so they count as inherited.
+
+    A key that has no effect in the file as it stands is none of them; nor is one that the command line itself gives.
+    """
+    try:
+        by_itself = idle_keys(type(config).model_validate(file_tree))
+    except ValidationError:  # the file needs the command line to be complete
+        by_itself = {}
+    now = idle_keys(config)
+    return {
+        key
+        for key in explicit_keys(config) - given_now
+        if reason_why_idle(key, now) is not None and reason_why_idle(key, by_itself) is None
+    }
 
 
 def to_yaml(config: Config) -> str:
