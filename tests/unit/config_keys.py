@@ -150,12 +150,12 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
     },
     DataConfig: {
         "min_length": [Changes("9"), Refused("600", "no row is kept")],
-        "max_length": [Changes("10")],
-        "overlong": [Changes("truncate_prompt", (".max_length=10",))],
+        "max_length": [Changes("10", UNVALIDATED)],
+        "overlong": [Changes("truncate_prompt", (".max_length=10", *UNVALIDATED))],
     },
     InstructionDataConfig: {"train_on": [Changes("every_token"), Changes("last", (".train_files={chats}",))]},
     PretrainDataConfig: {"train_on": [Refused("last", "every_token")]},
-    PromptDataConfig: {"max_prompt_length": [Changes("7", UNVALIDATED)]},
+    PromptDataConfig: {"max_prompt_length": [Changes("3", UNVALIDATED)]},
     TrainingConfig: {
         "num_train_epochs": [Changes("2")],
         "max_steps": [Changes("2")],
@@ -182,7 +182,7 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "max_grad_norm": [Changes("0.0001")],
         "lr_scheduler_type": [Changes("cosine")],
         "warmup_ratio": [Changes("0.5"), Refused("0.5", IDLE, (".lr_scheduler_type=constant",))],
-        "max_nonfinite_steps": [Changes("1", (".learning_rate=1e30",))],
+        "max_nonfinite_steps": [Fails("1", "1 optimizer steps in a row", (".learning_rate=1e30",))],
     },
     GenerationConfig: {
         "max_new_tokens": [Changes("3")],
@@ -319,7 +319,10 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
     "sft": {
         "model.name_or_path": [Changes("{other}")],
         "model.random_init": [Changes("true", (*FULL, "run.seed=1")), Refused("true", "use model.train=full")],
-        "data.overlong": [Changes("truncate_prompt", (".max_length=10",)), Refused("drop", IDLE, ALL_TOKENS)],
+        "data.overlong": [
+            Changes("truncate_prompt", (".max_length=10", *UNVALIDATED)),
+            Refused("drop", IDLE, ALL_TOKENS),
+        ],
     },
     "reward": {
         "training.max_tokens_per_micro_batch": [Changes("20")],
@@ -371,7 +374,7 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
             Changes("5", UNVALIDATED), Refused("5", IDLE), Refused("5", IDLE, TINYCHAT),
         ],
         "data.validation_files": [Changes("{more}"), Refused("{more}", IDLE, TINYCHAT)],
-        "data.max_prompt_length": [Changes("7", UNVALIDATED), Refused("7", IDLE, TINYCHAT)],
+        "data.max_prompt_length": [Changes("3", UNVALIDATED), Refused("7", IDLE, TINYCHAT)],
         "data.split_seed": [Changes("1"), Refused("1", IDLE, TINYCHAT)],
         "num_reward_pairs": [
             Changes("1", ("reward_model={reward}", "data.validation_fraction=0.5")),
