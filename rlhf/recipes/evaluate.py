@@ -24,6 +24,7 @@ from rlhf.eval.samples import Cost, Mode, ModelResult, Sample, write_samples
 from rlhf.eval.suites import EvalPrompt, SuiteConfig, gold_scores, prompt_suite, shown, tinychat_suite
 from rlhf.infra.config import Config
 from rlhf.infra.determinism import derive_seed
+from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.infra.run_folder import RUN_INFO, read_run_info
 from rlhf.models.backbone import ModelConfig
@@ -341,6 +342,9 @@ def histories(config: EvaluateConfig) -> dict[str, list[dict[str, float]]]:
         for place in (Path(source), config.run.output_dir / source):
             if (place / RUN_INFO).is_file():
                 found[title] = read_history(place / "logs" / "train.jsonl")
+        if title not in found:
+            found_none = f"histories names the run '{source}'"
+            raise UserError(f"{found_none}, but there is none in '{config.run.output_dir}'; name one that is there")
     return found
 
 

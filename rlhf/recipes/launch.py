@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from rlhf.infra.config import Config, refuse_idle_keys
+from rlhf.infra.determinism import seed_everything
 from rlhf.infra.device import resolve_device, set_num_threads
 from rlhf.infra.durable import disk_errors_named
 from rlhf.infra.experiment import Run, RunConfig
@@ -57,6 +58,7 @@ def launch(
     prefix = f"{settings.name or recipe}."
     for left_over in _rejected_rows(settings.output_dir, prefix):  # of a start that was killed or refused
         left_over.unlink()
+    seed_everything(settings.seed)  # models may start from random weights
     parts = prepare(config, device, settings.output_dir / f"{prefix}{REJECTED_ROWS}.jsonl")
     found, files = fingerprints(lineage or {}, settings.output_dir), list(data_files)
     if resume is not None:

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from rlhf.data.data_config import SourceConfig
 from rlhf.data.tinychat import LabellerConfig, preference_pairs, prompt_rows
 from rlhf.eval.report import ReportPaths
-from rlhf.infra.config import Config, explicit_keys, given_keys
+from rlhf.infra.config import Config, given_keys
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.infra.interrupt import Stopped
 from rlhf.infra.run_folder import RUN_INFO, read_run_info
@@ -266,10 +266,10 @@ def _chained(update: Mapping[str, Any]) -> dict[str, Any]:
 
 def _defaulting(stage: ConfigT, key: str, value: str) -> ConfigT:
     """Fill a key that the user left alone; an encoder of one's own as reward backbone stays."""
-    return stage if key in explicit_keys(stage) else stage.model_copy(update={key: value})
+    return stage if key in given_keys(stage) else stage.model_copy(update={key: value})
 
 
 def _with_pairs(stage_data: SourceConfig, shared: SourceConfig | None) -> SourceConfig:
     assert shared is not None
-    keys = explicit_keys(shared) & set(SourceConfig.model_fields)
+    keys = given_keys(shared) & set(SourceConfig.model_fields)
     return stage_data.model_copy(update={key: getattr(shared, key) for key in keys})

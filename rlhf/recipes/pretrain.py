@@ -21,7 +21,6 @@ from rlhf.data.instruction_dataset import InstructionDataset
 from rlhf.data.loading import load_splits
 from rlhf.data.rows import InstructionRow, PreferenceRow, Row, TextRow
 from rlhf.infra.config import Config
-from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.models.backbone import Backbone
 from rlhf.recipes.language_model import language_model_method
@@ -116,13 +115,12 @@ def prepare(config: PretrainConfig, device: torch.device, rejected_rows: Path) -
         tokenizer = train_tokenizer(_texts(rows.rows), shape.vocab_size)
     encoder = ChatEncoder(tokenizer)
     data = InstructionDataset.from_rows(rows, encoder, config.data)
-    held = (
-        [] if validation_rows is None else InstructionDataset.from_rows(validation_rows, encoder, config.data).examples
-    )
+    held = config.data.model_copy(update={"max_samples": config.data.max_validation_samples})
+    validation = None if validation_rows is None else InstructionDataset.from_rows(validation_rows, encoder, held)
     torch.manual_seed(config.run.seed)
     backbone = Backbone(build_model(shape, tokenizer), tokenizer, "pretrained", config.run.dtype).to(device)
     backbone.model.requires_grad_(True)
-    return SFTParts(backbone, None, data.examples, held, str(data.report))
+    return SFTParts(backbone, None, data.examples, validation.examples if validation else [], str(data.report))
 
 
 def train(config: PretrainConfig, run: Run, parts: SFTParts) -> tuple[int, int]:
@@ -131,7 +129,10 @@ def train(config: PretrainConfig, run: Run, parts: SFTParts) -> tuple[int, int]:
     packed_length = config.data.max_length if config.packing else None
     method = language_model_method(parts.backbone, None, parts.train, parts.validation, config.training, packed_length)
     trainer = Trainer(
-        dict(parts.backbone.named_parameters()), config.optimizer, config.training.num_steps(len(parts.train))
+        dict(parts.backbone.named_parameters()),
+        config.optimizer,
+        config.training.num_steps(len(parts.train)),
+        scale_loss=config.run.dtype == "fp16",
     )
     progress = SupervisedLoop(run, trainer, config.training, method, "pre-training").train()
     if run.stop_reason != "interrupted":
@@ -167,11 +168,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def build_model(shape: ArchitectureConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     """A Qwen2 with random weights of this shape, its special tokens those of the tokenizer."""
-    if shape.hidden_size % shape.num_attention_heads or shape.num_attention_heads % shape.num_key_value_heads:
-        raise UserError(
-            f"hidden_size {shape.hidden_size} must be a multiple of num_attention_heads "
-            f"{shape.num_attention_heads}, and that of num_key_value_heads {shape.num_key_value_heads}"
-        )
     config = Qwen2Config(
         attn_implementation=shape.attn_implementation,
         vocab_size=len(tokenizer),

@@ -62,4 +62,5 @@ def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -
         return run_ppo(config, folder)
     assert isinstance(config, EvaluateConfig)
     # An evaluation has no half-way state but the answers in its cache.
-    return run_evaluation(config.model_copy(update={"run": config.run.model_copy(update={"overwrite": True})}))[0]
+    again = {"overwrite": True, "name": folder.name, "output_dir": folder.parent}
+    return run_evaluation(config.model_copy(update={"run": config.run.model_copy(update=again)}))[0]

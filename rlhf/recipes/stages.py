@@ -14,12 +14,13 @@ from typing import Literal
 
 import torch
 
+from rlhf.infra.config import explicit_keys
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import RunConfig
 from rlhf.infra.run_folder import RUN_INFO, find_run
 from rlhf.models.adapter_files import save_adapter
 from rlhf.models.backbone import BUNDLED_MODEL, Backbone, ModelConfig
-from rlhf.models.lora import merge_lora_weights
+from rlhf.models.lora import LoRAConfig, merge_lora_weights
 from rlhf.models.policy import Policy
 from rlhf.models.reference import Reference
 from rlhf.models.reward_model import load_reward_model
@@ -75,12 +76,27 @@ def load_policy(
     base = base_of(folder)
     has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
     place = {"name_or_path": base, "tokenizer": folder if has_tokenizer else config.tokenizer}
+    if config.train == "lora":
+        refuse_other_shape(config.lora, folder)
     backbone = Backbone.load(config.model_copy(update=place), dtype, device)
     backbone.load_adapter(folder, adapter)
     if config.train == "full":
         merge_lora_weights(backbone.model, adapter)
         return LoadedPolicy(backbone, None)
     return LoadedPolicy(backbone, adapter)
+
+
+def refuse_other_shape(asked: LoRAConfig, folder: str) -> None:
+    """An adapter that is there keeps its shape: raise `UserError` when the user set another under `model.lora`."""
+    found = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    for name in sorted(explicit_keys(asked)):
+        wanted, there = dict(asked)[name], found.get(name)
+        is_the_same = set(wanted) == set(there or []) if isinstance(wanted, list) else wanted == there
+        if wanted is not None and not is_the_same:
+            raise UserError(
+                f"config key 'model.lora.{name}' is {wanted}, but training goes on with the adapter in {folder}, where "
+                f"it is {there}; remove the key, or start from a model without an adapter"
+            )
 
 
 def save_policy(backbone: Backbone, adapter: str | None, folder: Path) -> None:
@@ -168,7 +184,9 @@ class PolicyShelf:
     """Several policies side by side; those on the same base share it, each under an adapter name of its own."""
 
     def __init__(self, config: ModelConfig, output_dir: Path, device: torch.device, dtype: str) -> None:
-        self.config, self.output_dir, self.device, self.dtype = config, output_dir, device, dtype
+        # Nothing trains here; a base with one adapter merged into it could not carry the others.
+        self.config = config.model_copy(update={"train": "lora"})
+        self.output_dir, self.device, self.dtype = output_dir, device, dtype
         self._backbones: dict[str, Backbone] = {}
         self._count = 0
 

@@ -208,19 +208,19 @@ def test_values_behind_cut_off_answers_and_recomputed_quantities(tmp_path: Path,
 
 
 @pytest.fixture
-def trained_parts(tmp_path: Path, base: Path, write_rows: WriteRows) -> tuple[str, str]:
+def trained_parts(tmp_path: Path, base: Path, write_rows: WriteRows) -> tuple[str, ...]:
     """An SFT run and a reward model on top of it, both of a few steps."""
     few = ["training.max_steps=12", "optimizer.learning_rate=0.01", "data.min_length=1", "model.lora.r=4"]
     data = f"data.train_files={write_rows(demonstrations(16))}"
     run_sft(load_config(SFTConfig, overrides=settings(tmp_path, "sft", f"model.name_or_path={base}", data, *few)))
     data = f"data.train_files={write_rows(pairs(48))}"
     run_reward(load_config(RewardConfig, overrides=settings(tmp_path, "reward", "backbone=sft", data, *few)))
-    return "policy=sft", "reward_model=reward"
+    return "policy=sft", "reward_model=reward", "model.lora=null"  # the policy brings its adapter
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_a_reward_model_is_followed_and_neither_it_nor_the_reference_moves(
-    tmp_path: Path, prompt_file: Path, trained_parts: tuple[str, str], train: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prompt_file: Path, trained_parts: tuple[str, ...], train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[PPO, list[torch.Tensor]]] = []
     ids, mask = torch.tensor([[14, 3, 8, 5, 1]]), torch.ones(1, 5, dtype=torch.bool)
@@ -257,7 +257,7 @@ def test_a_reward_model_is_followed_and_neither_it_nor_the_reference_moves(
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     tmp_path: Path,
     prompt_file: Path,
-    trained_parts: tuple[str, str],
+    trained_parts: tuple[str, ...],
     more: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
