@@ -1,6 +1,6 @@
 """The command `rlhf`: one verb per recipe; it reads a config, calls the recipe and says where things are.
 
-Exit codes: 0 done, 1 failed, 2 refused (bad input, one sentence says why), 130 interrupted (a checkpoint was written).
+Exit codes: 0 done, 1 failed, 2 refused or stopped (one sentence says why), 130 interrupted (a checkpoint was written).
 Recipes are imported inside the verbs, so that `rlhf --help` does not wait for torch.
 """
 

@@ -12,7 +12,7 @@ from rlhf.data.tinychat.corpus import pretraining_texts
 from rlhf.infra.config import load_config
 from rlhf.models.backbone import Backbone, ModelConfig
 from rlhf.recipes.pretrain import PretrainConfig, run_pretrain
-from rlhf.recipes.stages import POLICY, save_policy
+from rlhf.recipes.stages import POLICY
 
 NUM_TEXTS = 440_000
 
@@ -27,7 +27,8 @@ def main() -> None:
     trained = run_pretrain(config).folder / POLICY
     backbone = Backbone.load(ModelConfig(name_or_path=str(trained)))
     backbone.model.to(torch.bfloat16)
-    save_policy(backbone, None, out)
+    backbone.model.save_pretrained(out)
+    backbone.tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,13 @@ class Policy(nn.Module):
         head = self.value_head if self.value_adapter is None else None
         return decode(self.backbone, self.adapter, prompt_ids_NP, prompt_mask_NP, uniforms_NR, config, stop, head)
 
+    def values_after(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, columns_B: Tensor) -> Tensor:
+        """V of the state after the token in each row's column (B,): what the critic expects of going on from there."""
+        assert self.value_head is not None
+        hidden_BTD = self.backbone.hidden(input_ids_BT, attention_mask_BT, adapter=self.value_adapter or self.adapter)
+        values_B: Tensor = self.value_head(hidden_BTD[torch.arange(len(columns_B), device=columns_B.device), columns_B])
+        return values_B
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves: the adapter (or every weight), the value head, the value adapter."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -18,6 +18,7 @@ from rlhf.data.collate import Batch, PairBatch, batches_by_tokens, pair_batch
 from rlhf.data.data_config import DataConfig
 from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
 from rlhf.infra.config import Config
+from rlhf.infra.durable import sync_file
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.models.backbone import Backbone, ModelConfig
 from rlhf.models.policy import Policy, masked_logprobs
@@ -185,7 +186,10 @@ def reference_pass(reference: Reference, data: PreferenceDataset | None, max_tok
         pairs = pair_batch([data.examples[i] for i in group], backbone.tokenizer.pad_token_id).to(backbone.device)
         logprobs_N2[group] = summed_logprobs(backbone, reference.adapter, pairs.batch).view(2, -1).T.cpu()
     place.parent.mkdir(exist_ok=True)
-    save_file({"logprobs_N2": logprobs_N2}, place)
+    aside = place.with_suffix(".partial")  # a run killed while it writes must not find half of it
+    save_file({"logprobs_N2": logprobs_N2}, aside)
+    sync_file(aside)
+    aside.replace(place)
     return ReferencePass(logprobs_N2)
 
 

@@ -50,6 +50,10 @@ from rlhf.rewards.shaping import RunningMoments, ShapedScores, shape_scores, tok
 from rlhf.rollout.sampler import Sampler
 from rlhf.rollout.trajectory import Experience, Trajectory
 
+# Mean abs(ratio - 1) before the first update above which generation's log-probs are no longer taken for the trainer's.
+# Rounding alone stays far below it: 1e-6 in fp32, a few thousandths in bf16 (checklist P1).
+MAX_LOGPROB_GAP = 0.02
+
 
 class PPO:
     """The algorithm over its parts; `train` is the whole of it."""
@@ -133,9 +137,14 @@ class PPO:
             trajectory = self.sampler.sample(
                 prompt_ids, derive_seed(self.run.config.seed, "rollout", self.progress.step)
             )
-            if self.config.ppo.recompute_logprobs or trajectory.values_BR is None:
+            if self.recomputes or trajectory.values_BR is None:
                 trajectory = self.recomputed(trajectory)
         return trajectory
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether old log-probs come from the trainer's forward: when asked for, or once generation's were far off."""
+        return self.config.ppo.recompute_logprobs or self.progress.recompute
 
     def score(self, batch: Sequence[PromptExample], trajectory: Trajectory) -> Scores:
         """What the rewards say of every answer."""
@@ -277,12 +286,19 @@ class PPO:
     def advanced(self, experience: Experience) -> Progress:
         """The state after this iteration: the KL coefficient follows the batch just measured, where that has a KL."""
         mean_kl, tokens = float(experience.kl_B.mean()), int(experience.trajectory.response_mask_BR.sum())
+        gap = self.progress.updates[0].metrics["policy/ratio_deviation"]
+        if gap > MAX_LOGPROB_GAP and not self.recomputes:
+            self.run.logger.info(
+                f"log-probs of generation and training differ: before the first update abs(ratio - 1) was {gap:.3f} in "
+                f"the mean, above {MAX_LOGPROB_GAP}; from here on they are recomputed, which costs a forward pass"
+            )
         return replace(
             self.progress,
             step=self.progress.step + 1,
             kl=self.progress.kl.updated(mean_kl, len(experience)) if isfinite(mean_kl) else self.progress.kl,
             tokens=self.progress.tokens + tokens,
             first_length=self.progress.first_length or float(experience.trajectory.lengths_B.float().mean()),
+            recompute=self.progress.recompute or gap > MAX_LOGPROB_GAP,
             rollout=None,
             updates=[],
         )
@@ -304,7 +320,7 @@ class PPO:
             return torch.stack([now.logprobs_BR, now.values_BR])
 
         logprobs_BR, values_BR = self._in_micro_batches(trajectory, statistics)
-        if not self.config.ppo.recompute_logprobs:
+        if not self.recomputes:
             logprobs_BR = trajectory.logprobs_BR
         return replace(trajectory, logprobs_BR=logprobs_BR, values_BR=values_BR)
 
@@ -316,26 +332,16 @@ class PPO:
     @torch.no_grad()
     def _values_after_end(self, trajectory: Trajectory) -> Tensor:
         """V of the state after the last token (B,), 0 for answers that ended by themselves."""
-        backbone, head = self.policy.backbone, self.policy.value_head
-        assert head is not None
-        adapter = self.policy.value_adapter or self.policy.adapter
-        hidden_BTD = backbone.hidden(trajectory.input_ids_BT, trajectory.attention_mask_BT, adapter=adapter)
-        last_B = trajectory.prompt_ids_BP.shape[1] + trajectory.lengths_B - 1
-        values_B = head(hidden_BTD[torch.arange(len(trajectory), device=last_B.device), last_B])
-        return torch.where(trajectory.finished_B, torch.zeros_like(values_B), values_B)
+
+        def after(part: Trajectory) -> Tensor:
+            last_B = part.prompt_ids_BP.shape[1] + part.lengths_B - 1
+            return self.policy.values_after(part.input_ids_BT, part.attention_mask_BT, last_B).unsqueeze(1)
+
+        return torch.where(trajectory.finished_B, 0.0, self._in_micro_batches(trajectory, after)[:, 0])
 
     def _in_micro_batches(self, trajectory: Trajectory, function: Callable[[Trajectory], Tensor]) -> Tensor:
-        """Apply a (..., b, r) valued function to parts sorted by length; the results under one another, (..., B, R)."""
-        lengths = trajectory.attention_mask_BT.sum(dim=1).tolist()
-        whole: Tensor | None = None
-        for group in batches_by_tokens(lengths, 2 * self.config.ppo.max_tokens_per_micro_batch):
-            rows = torch.tensor(group, device=trajectory.response_ids_BR.device)
-            values = function(trajectory.select(rows))
-            if whole is None:
-                whole = values.new_zeros(*values.shape[:-2], *trajectory.response_mask_BR.shape)
-            whole[..., rows, : values.shape[-1]] = values
-        assert whole is not None
-        return whole
+        """Of passes without gradients, which take twice the tokens."""
+        return trajectory.in_parts(2 * self.config.ppo.max_tokens_per_micro_batch, function)
 
 
 @dataclass(frozen=True)
@@ -386,6 +392,11 @@ def prepare(config: PPOConfig, device: torch.device, rejected_rows: Path) -> PPO
 def train(config: PPOConfig, run: Run, parts: PPOParts) -> tuple[int, int]:
     """The algorithm, then the policy with its tokenizer into the run folder."""
     announce(run, parts.policy.backbone, str(parts.prompts.report))
+    if config.generation.top_p < 1 or config.generation.top_k:
+        run.logger.info(
+            "top_p or top_k cuts the distribution that answers are drawn from, but they are scored with the whole one: "
+            "the ratios are biased by policy/truncated_mass"
+        )
     ppo = PPO(config, run, parts.policy, parts.reference, parts.reward, parts.prompts.examples, parts.encoder)
     progress = ppo.train()
     if run.stop_reason != "interrupted":

@@ -37,7 +37,7 @@ class Progress:
     """What changes besides weights and optimizer; all of it is in a checkpoint.
 
     `step` counts finished iterations. `rollout` is what the inner epochs under way learn from, None between iterations,
-    and `updates` are the optimizer steps made from it so far.
+    and `updates` are the optimizer steps made from it so far. `recompute`: log-probs of generation were found far off.
     """
 
     step: int
@@ -45,6 +45,7 @@ class Progress:
     moments: RunningMoments
     tokens: int = 0
     first_length: float | None = None
+    recompute: bool = False
     rollout: Rollout | None = None
     updates: list[StepReport] = field(default_factory=list)
 
@@ -63,6 +64,7 @@ def save_state(run: Run, trainer: Trainer, progress: Progress) -> Path:
         "moments": asdict(progress.moments),
         "tokens": progress.tokens,
         "first_length": progress.first_length,
+        "recompute": progress.recompute,
     }
     if progress.rollout is not None:
         tensors["rollout"], state["rollout"] = _taken_apart(progress.rollout)
@@ -81,6 +83,7 @@ def load_state(checkpoint: Checkpoint, trainer: Trainer, progress: Progress, dev
     progress.kl = replace(progress.kl, coefficient=state["kl_coefficient"])
     progress.moments = RunningMoments(**state["moments"])
     progress.tokens, progress.first_length = state["tokens"], state["first_length"]
+    progress.recompute = state["recompute"]
     if "rollout" in state:
         on_device = {name: tensor.to(device) for name, tensor in checkpoint.tensors("rollout").items()}
         progress.rollout = _put_together(on_device, state["rollout"])

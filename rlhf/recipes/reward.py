@@ -20,6 +20,7 @@ from rlhf.data.data_config import DataConfig
 from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
 from rlhf.eval.reward_accuracy import RewardPair, reward_accuracy
 from rlhf.infra.config import Config
+from rlhf.infra.durable import written_aside
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.models.backbone import ModelConfig
 from rlhf.models.reward_model import RewardModel, RewardModelConfig, ScoreScale
@@ -138,7 +139,8 @@ def train(config: RewardConfig, run: Run, parts: RewardParts) -> tuple[int, int]
         progress = SupervisedLoop(run, trainer, config.training, method, "reward model").train()
     if run.stop_reason != "interrupted":
         report(model, parts.validation or parts.train[:256], config, run)
-        model.save(run.folder / REWARD_MODEL)
+        with written_aside(run.folder / REWARD_MODEL) as aside:
+            model.save(aside)
     return stage_cost(progress)
 
 

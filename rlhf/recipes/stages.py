@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from rlhf.infra.config import explicit_keys
+from rlhf.infra.durable import written_aside
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import RunConfig
 from rlhf.infra.run_folder import RUN_INFO, find_run
@@ -100,13 +101,16 @@ def refuse_other_shape(asked: LoRAConfig, folder: str) -> None:
 
 
 def save_policy(backbone: Backbone, adapter: str | None, folder: Path) -> None:
-    """Write an adapter in PEFT's format, or the whole model where there is none; the tokenizer beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if adapter is None:
-        backbone.model.save_pretrained(folder)
-    else:
-        save_adapter(backbone.model, adapter, folder, backbone.name, task_type="CAUSAL_LM")
-    backbone.tokenizer.save_pretrained(folder)
+    """Write an adapter in PEFT's format, or the whole model where there is none; the tokenizer beside it.
+
+    The folder gets its name when it is whole, so that no other stage finds half a policy.
+    """
+    with written_aside(folder) as aside:
+        if adapter is None:
+            backbone.model.save_pretrained(aside)
+        else:
+            save_adapter(backbone.model, adapter, aside, backbone.name, task_type="CAUSAL_LM")
+        backbone.tokenizer.save_pretrained(aside)
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,9 @@ class SupervisedLoop(Generic[MicroBatch]):
             "train/grad_norm": last.grad_norm,
             "train/learning_rate": last.learning_rate,
             "train/skipped_steps": self.trainer.skipped_count,
-            "train/epoch": self.progress.step * self.config.rows_per_step / self.method.num_rows,
+            "train/epoch": self.progress.step
+            * min(self.config.rows_per_step, self.method.num_rows)
+            / self.method.num_rows,
             "train/tokens": self.progress.tokens,
             "rate/steps_per_second": per_second(len(reports), seconds.get("update", 0.0)),
             "memory/peak_mb": peak_memory_mb(self.run.device),

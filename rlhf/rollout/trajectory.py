@@ -5,11 +5,13 @@ Legend: B sequences, P prompt columns (left-padded), R response columns (right-p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from rlhf.data.collate import batches_by_tokens
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,18 @@ class Trajectory:
         prompts = int(self.prompt_mask_BP[indices].sum(dim=1).max())
         responses = int(self.lengths_B[indices].max())
         return _narrowed(self, indices, prompts, responses)
+
+    def in_parts(self, max_tokens: int, function: Callable[[Trajectory], Tensor]) -> Tensor:
+        """Apply a (..., b, r) valued function to parts of at most so many tokens, sorted by length: (..., B, R)."""
+        whole: Tensor | None = None
+        for group in batches_by_tokens(self.attention_mask_BT.sum(dim=1).tolist(), max_tokens):
+            rows = torch.tensor(group, device=self.response_ids_BR.device)
+            values = function(self.select(rows))
+            if whole is None:
+                whole = values.new_zeros(*values.shape[:-2], *self.response_mask_BR.shape)
+            whole[..., rows, : values.shape[-1]] = values
+        assert whole is not None
+        return whole
 
 
 @dataclass(frozen=True)

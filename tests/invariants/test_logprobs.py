@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,16 +16,17 @@ from torch import Tensor
 from rlhf.algo.kl import clamped_share, exact_kl, k1, k2, k3
 from rlhf.algo.ppo_loss import policy_loss
 from rlhf.data.collate import pair_batch
+from rlhf.infra.config import load_config
 from rlhf.infra.experiment import RunConfig
 from rlhf.models.adapter_files import save_adapter
 from rlhf.models.backbone import ModelConfig
 from rlhf.models.policy import Policy
 from rlhf.models.reference import Reference
 from rlhf.recipes.dpo import summed_logprobs
+from rlhf.recipes.ppo import MAX_LOGPROB_GAP, run_ppo
+from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.stages import start_policy
-
-# Mean |ratio - 1| above which log-probs kept from generation in bf16 should be recomputed (`ppo.recompute_logprobs`).
-BF16_BOUND = 0.02
+from rlhf.rollout.trajectory import Trajectory
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -59,7 +62,7 @@ def test_P1_in_bf16_the_gap_stays_under_its_bound_and_recomputing_closes_it(tmp_
     with torch.no_grad():
         now = ppo.policy.response_statistics(*asked(kept)).logprobs_BR
     gaps = [float(((now - part.logprobs_BR).exp() - 1).abs()[kept.response_mask_BR].mean()) for part in (kept, again)]
-    assert 0 < gaps[0] < BF16_BOUND
+    assert 0 < gaps[0] < MAX_LOGPROB_GAP
     assert gaps[1] < 0.5 * gaps[0]
 
 
@@ -224,3 +227,35 @@ def test_P10_the_reference_is_the_base_with_the_frozen_sft_adapter(tmp_path: Pat
     assert torch.equal(reference(), sft)
     moved = started.policy.response_statistics(ids, mask, answers, 1.0).logprobs_BR
     assert not torch.allclose(moved, sft, atol=1e-3)
+
+
+def test_P1_log_probs_far_off_are_recomputed_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ppo = ppo_on(tmp_path, backbone_of("qwen2"), ppo={"num_iterations": 3, "rollout_batch_size": 8})
+    draw = ppo.sampler.sample
+
+    def off_by_a_tenth(*arguments) -> Trajectory:
+        found = draw(*arguments)
+        return replace(found, logprobs_BR=(found.logprobs_BR - 0.1).where(found.response_mask_BR, 0.0))
+
+    monkeypatch.setattr(ppo.sampler, "sample", off_by_a_tenth)
+    with ppo.run:
+        ppo.train()
+    gaps = [line["policy/logprob_gap"] for line in read_log(ppo.run.folder)]
+    assert gaps[0] == pytest.approx(math.expm1(0.1), abs=1e-3)
+    assert max(gaps[1:]) < 1e-5
+    assert "recomputed" in (ppo.run.folder / "logs" / "train.log").read_text(encoding="utf-8")
+
+
+def test_P4_sampling_from_a_cut_distribution_is_warned_about(tmp_path: Path) -> None:
+    backbone, data = backbone_of("qwen2"), tmp_path / "prompts.jsonl"
+    backbone.model.save_pretrained(tmp_path / "base")
+    backbone.tokenizer.save_pretrained(tmp_path / "base")
+    data.write_text('{"prompt": "red cat"}\n{"prompt": "two dog"}\n', encoding="utf-8")
+    shared = [f"run.output_dir={tmp_path}", f"policy={tmp_path / 'base'}", f"data.train_files={data}"]
+    shared += ["data.validation_fraction=0", "ppo.num_iterations=1", "ppo.rollout_batch_size=2", "run.num_threads=1"]
+    shared += ["generation.max_new_tokens=4", "rewards=[{name: keyword_sentiment}]", "run.device=cpu"]
+    for name, more, warned in (("cut", ["generation.top_p=0.5"], True), ("whole", [], False)):
+        run = run_ppo(load_config(PPOConfig, None, [*shared, f"run.name={name}", *more]))
+        said = (run.folder / "logs" / "train.log").read_text(encoding="utf-8")
+        assert ("policy/truncated_mass" in said) == warned
+        assert (read_log(run.folder)[0]["policy/truncated_mass"] > 0.01) == warned
