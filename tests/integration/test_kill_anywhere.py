@@ -113,7 +113,7 @@ def test_c1_killed_again_and_again(workshop: Workshop, recipe: str, stride: int)
     folder = workshop.killed(recipe, stride, f"{recipe}-again-{stride}")
     for lives in range(1, 100):
         ended = workshop.resumed(folder, kill_at=stride + 4 * lives)
-        if ended.code == 0:
+        if ended.code == 0 or status(folder) == "finished":  # the last sync of all comes after that was written
             break
         assert ended.code == -signal.SIGKILL, ended.output
     assert lives > 3 and status(folder) == "finished"
