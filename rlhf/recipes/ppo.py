@@ -70,11 +70,6 @@ class PPO:
     ) -> None:
         if not prompts:
             raise UserError("there is no prompt to sample answers for; give a prompt set with at least one row")
-        if config.ppo.num_mini_batches > config.ppo.rollout_batch_size:
-            raise UserError(
-                f"ppo.num_mini_batches is {config.ppo.num_mini_batches}, but a rollout has only "
-                f"{config.ppo.rollout_batch_size} rows; use at most that many"
-            )
         self.config, self.run, self.policy, self.reference = config, run, policy, reference
         self.reward, self.prompts, self.encoder = reward, prompts, encoder
         self.sampler = Sampler(policy, config.generation, encoder.stop_token_ids)
