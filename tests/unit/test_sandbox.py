@@ -93,10 +93,10 @@ def test_wall_time_ends_a_job(sandbox: Sandbox, code: str) -> None:
 
 @pytest.mark.slow
 def test_processor_time_ends_a_job() -> None:
-    with Sandbox(SandboxLimits(wall_seconds=20, cpu_seconds=1)) as box:
+    with Sandbox(SandboxLimits(wall_seconds=120, cpu_seconds=1)) as box:
         started = time.monotonic()
         assert run(box, "def f(x):\n  while True: pass").status == "timeout"
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 100  # it was not the clock, however busy the machine
 
 
 def test_a_slow_job_does_not_take_its_neighbours_along(sandbox: Sandbox) -> None:
