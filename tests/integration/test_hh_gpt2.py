@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_pipeline import rlhf
+from command_line import rlhf
 from tiny_tokenizers import byte_level
 from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-
-from rlhf.cli import main
+from command_line import rlhf
+from killed_runs import log_lines
 
 SMALL = [
     "world.num_pairs=48",
@@ -30,15 +30,6 @@ SMALL = [
 
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-
-
-def rlhf(*arguments: str) -> int:
-    """Run the command in this process (importing torch again for each call would take longer than the call)."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["rlhf", *arguments])
-        with pytest.raises(SystemExit) as leaving:
-            main()
-    return int(leaving.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +125,3 @@ def test_the_same_seed_gives_the_same_log(finished: Path, tmp_path: Path) -> Non
     other = tmp_path / "other"
     assert rlhf("pipeline", "run.name=small", f"run.output_dir={other}", "run.seed=1", *SMALL) == 0
     assert log_lines(other / "small" / "sft") != log_lines(finished / "sft")
-
-
-def log_lines(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's log without what depends on the clock and the machine."""
-    lines = [json.loads(line) for line in (folder / "logs" / "train.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("time/", "rate/", "memory/"))} for line in lines]

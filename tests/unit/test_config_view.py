@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from command_line import rlhf
 from schema_check import mistakes
 
-from rlhf.cli import main
 from rlhf.infra.config import explicit_keys, given_keys, load_config
 from rlhf.infra.config_errors import known_keys
 from rlhf.infra.config_view import json_schema, view
@@ -31,14 +30,6 @@ def recipe_of(path: Path) -> str:
 
 
 RECIPES = {path.name: recipe_of(path) for path in sorted(CONFIG_FILES.glob("*.yaml"))}
-
-
-def rlhf(*arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["rlhf", *arguments])
-        with pytest.raises(SystemExit) as leaving:
-            main()
-    return int(leaving.value.code or 0)
 
 
 def shown(config: Any, recipe: str) -> str:
