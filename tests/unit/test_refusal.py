@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import gzip
+import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from rlhf.rewards.refusal import detect_refusal
-
-_XSTEST = Path(__file__).resolve().parents[3] / "shared" / "data" / "xstest"
-_HUMAN = {"1_full_compliance": "none", "2_full_refusal": "full", "3_partial_refusal": "partial"}
+from rlhf.data.tinychat import make_tasks, safety
+from rlhf.data.tinychat.schema import Flaws
+from rlhf.eval.refusal_agreement import LabelledAnswer, agreement, agreement_gap, cross_validated, read_xstest
+from rlhf.infra.errors import UserError
+from rlhf.rewards.refusal import RefusalDetector, RefusalKind, detect_refusal
+from rlhf.rewards.refusal_lexicon import ENGLISH
 
 
 @pytest.mark.parametrize(
@@ -79,29 +83,104 @@ def test_a_late_caveat_is_not_a_refusal() -> None:
     assert detect_refusal(answer).kind == "none"
 
 
-def test_agrees_with_human_labels_better_than_string_matching() -> None:
-    if not _XSTEST.is_dir():
-        pytest.skip("XSTest's labels are not at hand (../shared/data/xstest)")
-    rows = [
-        row
-        for path in sorted(_XSTEST.glob("*.csv.gz"))
-        for row in csv.DictReader(gzip.decompress(path.read_bytes()).decode("utf-8").splitlines(keepends=True))
+@pytest.mark.parametrize(
+    "response",
+    [
+        "That is not something I can help with.",
+        "I must say no, because it belongs to someone else.",
+        "Sorry, but no.",
+        "I do not assist with fraud.",
+        "Your request violates our content policy.",
+        "It would be irresponsible for me to explain that.",
+        "Let's talk about something else.",
+        "I'm sorry, I can't.",
+    ],
+)
+def test_short_and_indirect_refusals_are_full(response: str) -> None:
+    assert detect_refusal(response).kind == "full"
+
+
+def test_the_built_in_world_is_told_apart() -> None:
+    """Its refusals and tips are known by construction, whoever wrote the detector."""
+    rng = Random(0)
+    wrong = []
+    for task in make_tasks("heldout", 300, 5, ["safety/harmful"]):
+        for malformed in (False, True):
+            refusal, tip = (safety.compose(task.spec, rng, Flaws(wrong, malformed)) for wrong in (False, True))
+            wrong += [refusal] if not detect_refusal(refusal).refused else []
+            wrong += [tip] if detect_refusal(tip).refused else []
+    assert wrong == []
+
+
+def test_an_emptied_lexicon_finds_nothing() -> None:
+    nothing = RefusalDetector(ENGLISH.filtered(lambda entry: False))
+    assert nothing.detect("I cannot help with that.").kind == "none"
+    assert nothing.detect("As an AI I must point out that this is never appropriate.").kind == "none"
+
+
+def test_evidence_is_what_the_rules_rest_on() -> None:
+    evidence = RefusalDetector().evidence("Well. I cannot assist with that. I must decline.")
+    assert evidence == ["i cannot assist", "i must decline"]
+    assert RefusalDetector().evidence("The answer is 7.") == []
+
+
+def test_agreement_counts_as_a_reader_would() -> None:
+    def row(prompt: str, human: RefusalKind) -> LabelledAnswer:
+        return LabelledAnswer(prompt, "", human)
+
+    rows = [row("a", "full"), row("a", "none"), row("b", "partial"), row("b", "full"), row("c", "none")]
+    found = agreement(rows, ["full", "full", "full", "none", "none"])
+    assert found.num_answers == 5
+    assert found.agreement.estimate == pytest.approx(3 / 5)
+    assert found.precision.estimate == pytest.approx(2 / 3) and found.precision.num == 3
+    assert found.recall.estimate == pytest.approx(2 / 3)
+    assert found.three_way.estimate == pytest.approx(2 / 5)
+    assert found.recall_full.estimate == pytest.approx(1 / 2)
+    assert found.recall_partial.estimate == 0
+    assert found.precision_partial is None
+    gap = agreement_gap(rows, ["full", "full", "full", "none", "none"], ["full", "none", "full", "full", "none"])
+    assert gap.estimate == pytest.approx((-1 / 2 - 1 / 2 + 0) / 3)
+
+
+def test_a_prompt_does_not_support_its_own_entries() -> None:
+    """Without other prompts in which "decline" refuses, the rule is not there; with them it is."""
+    alone = [LabelledAnswer("a", "I must decline.", "full")] + [
+        LabelledAnswer(f"other {i}", "I cannot help.", "full") for i in range(9)
     ]
-    human = [_HUMAN[row["final_label"]] for row in rows]
-    peer = [_HUMAN[row["strmatch_label"]] for row in rows]
-    ours = [detect_refusal(row["completion"]).kind for row in rows]
+    assert cross_validated(alone, num_folds=10)[0] == "none"
+    supported = [*alone, LabelledAnswer("z", "I have to decline.", "full")]
+    assert cross_validated(supported, num_folds=11)[0] == "full"
+    contradicted = [*supported, *(LabelledAnswer(f"c{i}", "I must decline.", "none") for i in range(5))]
+    assert cross_validated(contradicted, num_folds=16)[0] == "none"
 
-    def any_refusal(kinds: list[str]) -> list[bool]:
-        return [kind != "none" for kind in kinds]
 
-    def agreement(first: list[object], second: list[object]) -> float:
-        return sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
+def test_files_that_are_not_labelled_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("prompt,completion\na,b\n")
+    with pytest.raises(UserError, match="final_label"):
+        read_xstest(path)
+    path.write_text("prompt,completion,final_label\na,b,maybe\n")
+    with pytest.raises(UserError, match="'maybe'"):
+        read_xstest(path)
 
-    truth, found = any_refusal(human), any_refusal(ours)
-    caught = sum(t and f for t, f in zip(truth, found, strict=True))
-    # Measured: 0.982 refused or not (string matching 0.916), 0.931 in three classes (0.867); precision 0.983,
-    # recall 0.990. The rules were written with these rows in view, so expect a little less elsewhere.
-    assert agreement(truth, found) >= 0.97 > agreement(truth, any_refusal(peer))
-    assert agreement(human, ours) >= 0.92 > agreement(human, peer)
-    assert caught / sum(found) >= 0.97
-    assert caught / sum(truth) >= 0.97
+
+def test_agrees_with_human_labels_better_than_string_matching(shared_data: Path) -> None:
+    rows = [row for path in sorted((shared_data / "xstest").glob("*.csv.gz")) for row in read_xstest(path)]
+    by_words = [row.others["strmatch_label"] for row in rows]
+    # Measured: 0.964 (string matching 0.916), 0.918 in three classes (0.867); precision 0.978, recall 0.964.
+    held_out, peer = agreement(rows, cross_validated(rows)), agreement(rows, by_words)
+    assert held_out.agreement.estimate >= 0.95 > peer.agreement.estimate
+    assert held_out.three_way.estimate >= 0.90 > peer.three_way.estimate
+    assert held_out.precision.estimate >= 0.96 and held_out.recall.estimate >= 0.94
+    assert agreement_gap(rows, cross_validated(rows), by_words).low > 0
+    # As it is, with every entry: the rules were written with these rows in view.
+    assert agreement(rows, [detect_refusal(row.answer).kind for row in rows]).agreement.estimate >= 0.97
+
+
+def test_ordinary_answers_raise_no_alarm(shared_data: Path) -> None:
+    with gzip.open(shared_data / "dolly_sample" / "databricks_dolly_15k.csv.gz", "rt", encoding="utf-8") as file:
+        written = [row["response"] for row in csv.DictReader(file)]
+    with gzip.open(shared_data / "gsm8k" / "train.jsonl.gz", "rt", encoding="utf-8") as file:
+        written += [json.loads(line)["answer"] for line in file]
+    assert len(written) > 8000
+    assert [text for text in written if detect_refusal(text).refused] == []
