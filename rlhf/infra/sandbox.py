@@ -239,11 +239,7 @@ def _read_results(ending: str, data: bytes, num_calls: Sequence[int]) -> list[Sa
         # These bytes come from untrusted code: believe nothing about their shape.
         reports = json.loads(data)
         results = [
-            SandboxResult(
-                str(report["status"]),
-                tuple(CallOutput(entry.get("value"), entry.get("error")) for entry in report["outputs"]),
-                str(report["detail"])[:200],
-            )
+            SandboxResult(str(report["status"]), tuple(map(_read_output, report["outputs"])), _text(report["detail"]))
             for report in reports
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -253,3 +249,12 @@ def _read_results(ending: str, data: bytes, num_calls: Sequence[int]) -> list[Sa
     if not results or sizes != expected or any(result.status not in ("ok", "error", "memory") for result in results):
         return [SandboxResult("killed", detail=f"no valid result ({ending})")]
     return results
+
+
+def _read_output(entry: dict[str, Any]) -> CallOutput:
+    return CallOutput(error=_text(entry["error"])) if "error" in entry else CallOutput(entry["value"])
+
+
+def _text(said: str) -> str:
+    """What the code said, short and fit to be printed; raises AttributeError or TypeError for what is no text."""
+    return said[:200].encode("utf-8", "replace").decode()
