@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -43,6 +44,8 @@ from rlhf.models.lora import (
     set_active_adapter,
     unmerge_adapter,
 )
+from rlhf.models.quantized import QuantType, keep_codes_as_loaded, quantised_layers, quantization_config
+from rlhf.models.recompute import enable_recomputation, recomputing
 
 BUNDLED_MODEL = "tinychat"
 
@@ -56,10 +59,34 @@ class ModelConfig(Config):
     train: Literal["lora", "full"] = Field("lora", description="adapters on a frozen base, or every weight")
     lora: LoRAConfig = Field(default_factory=LoRAConfig, description="shape and place of the adapters")
     attn_implementation: str | None = Field(None, description="as in transformers; null picks its default")
+    load_in_4bit: bool = Field(False, description="hold the frozen base in 4 bits (bitsandbytes), under adapters")
+    bnb_4bit_quant_type: QuantType = Field("nf4", description="code of 4-bit weights: for normal ones, or 4-bit floats")
+    bnb_4bit_use_double_quant: bool = Field(True, description="the scales of 4-bit weights in 8 bits too")
+    gradient_checkpointing: bool = Field(
+        False, description="compute each block again in the backward pass instead of keeping what it computed"
+    )
+
+    @model_validator(mode="after")
+    def _quantised_weights_do_not_train(self) -> ModelConfig:
+        if self.load_in_4bit and self.train == "full":
+            raise ValueError(
+                "load_in_4bit=true with train=full would train weights that are 4-bit codes; use train=lora, or "
+                "load_in_4bit=false"
+            )
+        if self.load_in_4bit and self.random_init:
+            raise ValueError(
+                "load_in_4bit=true with random_init=true would put adapters on random weights that are never saved; "
+                "use one of the two"
+            )
+        return self
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
-        return {"lora": "every weight trains, so there is no adapter"} if self.train == "full" else {}
+        idle = {"lora": "every weight trains, so there is no adapter"} if self.train == "full" else {}
+        if not self.load_in_4bit:
+            names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+            idle |= dict.fromkeys(names, "load_in_4bit is false")
+        return idle
 
 
 class Backbone(nn.Module):
@@ -76,6 +103,11 @@ class Backbone(nn.Module):
         # not one distribution (checklist P2). `train()` is therefore never passed on to the model.
         self.model.eval()
         self.model.requires_grad_(False)
+        keep_codes_as_loaded(model)
+        self.is_quantised = bool(layers := quantised_layers(model))
+        if layers:
+            self.notes.append(f"{len(layers)} linear layers of the base are held in fewer bits")
+        self._recomputed: list[nn.Module] = []
 
     @classmethod
     def load(cls, config: ModelConfig, dtype_name: str = "fp32", device: torch.device | None = None) -> Backbone:
@@ -93,7 +125,13 @@ class Backbone(nn.Module):
             model_config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise _unreadable(config.name_or_path, error) from error
-        extra = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+        extra: dict[str, Any] = (
+            {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+        )
+        if config.load_in_4bit:
+            double, code = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
+            extra["quantization_config"] = quantization_config(code, double, dtype)
+            extra["device_map"] = {"": device or torch.device("cpu")}
         kind = AutoModelForCausalLM if type(model_config) in AutoModelForCausalLM._model_mapping else AutoModel
         try:
             if config.random_init:
@@ -103,7 +141,19 @@ class Backbone(nn.Module):
         except (OSError, ValueError) as error:
             raise _unreadable(config.name_or_path, error) from error
         backbone = cls(model, tokenizer, config.name_or_path, dtype_name)
+        if config.gradient_checkpointing:
+            backbone.recompute_in_backward()
         return backbone if device is None else backbone.to(device)
+
+    def recompute_in_backward(self) -> None:
+        """Keep only the input of each block in a forward with gradients: less memory for a second forward's time.
+
+        Raises:
+            UserError: the architecture has no blocks of which transformers says that they can be computed again.
+        """
+        # In the backward pass another adapter may be in use than in the forward before it.
+        self._recomputed = enable_recomputation(self.model, lambda: partial(self.using, self._in_use))
+        self.notes.append(f"gradient checkpointing: {len(self._recomputed)} blocks are computed again in each backward")
 
     def add_adapter(self, name: str, config: LoRAConfig) -> None:
         """Put a fresh adapter (the identity until it is trained) beside those that are there."""
@@ -157,10 +207,11 @@ class Backbone(nn.Module):
     def merged(self, adapter: str | None) -> Iterator[None]:
         """Like `using`, with the adapter folded into the weights: a third of the products, equal up to fp32 rounding.
 
-        The weights concerned are copied meanwhile and put back bit for bit.
+        The weights concerned are copied meanwhile and put back bit for bit. 4-bit codes hold no sum: a quantised base
+        is only used.
         """
         with self.using(adapter):
-            if adapter is None:
+            if adapter is None or self.is_quantised:
                 yield
                 return
             merge_adapter(self.model, adapter)
@@ -193,7 +244,9 @@ class Backbone(nn.Module):
                 arguments |= {"past_key_values": cache, "use_cache": True}
             else:
                 arguments |= {"use_cache": False}
-        with self.using(adapter), autocast(input_ids_BT.device, self.dtype_name):
+        trains = cache is None and torch.is_grad_enabled()
+        again = recomputing(self._recomputed) if trains else nullcontext()
+        with self.using(adapter), again, autocast(input_ids_BT.device, self.dtype_name):
             hidden_BTD: Tensor = trunk(**arguments).last_hidden_state
         return hidden_BTD
 

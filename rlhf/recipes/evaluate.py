@@ -79,13 +79,16 @@ class EvaluateConfig(Config):
         """See `Config.idle_keys`."""
         in_one_piece, names_them = "an evaluation runs in one piece", "`models` names them"
         idle = dict.fromkeys(["run.max_minutes", "run.save_every_steps", "run.keep_checkpoints"], in_one_piece)
-        idle |= {"model.name_or_path": names_them, "model.train": "nothing trains", "model.lora": "nothing trains"}
+        idle["model.name_or_path"] = names_them
+        idle |= dict.fromkeys(["model.train", "model.lora", "model.gradient_checkpointing"], "nothing trains")
         if self.reference is not None and self.reference not in self.models:
             idle["reference"] = f"`models` has only {', '.join(self.models)}"
         if self.reward_model is None:
             idle["num_reward_pairs"] = "reward_model is null"
         if self.run.dtype != "fp32":
             idle["generation.merge_adapter"] = f"run.dtype is {self.run.dtype}, and only fp32 weights are merged"
+        if self.model.load_in_4bit:
+            idle["generation.merge_adapter"] = "model.load_in_4bit is true, and 4-bit weights take no adapter in"
         return idle | self._idle_with_data()
 
     def _idle_with_data(self) -> dict[str, str]:

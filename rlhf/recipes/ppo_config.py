@@ -116,6 +116,8 @@ class PPOConfig(Config):
         idle = {}
         if self.run.dtype != "fp32":
             idle["generation.merge_adapter"] = f"run.dtype is {self.run.dtype}, and only fp32 weights are merged"
+        if self.model.load_in_4bit:
+            idle["generation.merge_adapter"] = "model.load_in_4bit is true, and 4-bit weights take no adapter in"
         longest, budget = self.generation.max_new_tokens, self.shaping.length_budget
         if budget is not None and budget >= longest:
             reason = f"no answer is longer than generation.max_new_tokens, {longest}"

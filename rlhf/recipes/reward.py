@@ -43,6 +43,15 @@ class RewardConfig(Config):
     use_margin: bool = Field(True, description="subtract a pair's margin, where the data has one, inside the sigmoid")
 
     @model_validator(mode="after")
+    def _quantised_weights_do_not_train(self) -> RewardConfig:
+        if self.model.load_in_4bit and self.reward.train == "full":
+            raise ValueError(
+                "model.load_in_4bit=true with reward.train=full would train weights that are 4-bit codes; use "
+                "reward.train=lora or frozen, or model.load_in_4bit=false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _random_base_is_saved(self) -> RewardConfig:
         if self.model.random_init and self.reward.train != "full":
             raise ValueError(

@@ -112,6 +112,10 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "random_init": [Refused("true", "train it first")],
         "train": [Changes("full")],
         "attn_implementation": [Changes("eager")],
+        "load_in_4bit": [Changes("true"), Refused("true", "4-bit codes", FULL)],
+        "bnb_4bit_quant_type": [Changes("fp4", (".load_in_4bit=true",)), Refused("fp4", IDLE)],
+        "bnb_4bit_use_double_quant": [Changes("false", (".load_in_4bit=true",)), Refused("false", IDLE)],
+        "gradient_checkpointing": [Changes("true")],
     },
     LoRAConfig: {
         "r": [Changes("3"), Refused("3", IDLE, FULL)],
@@ -190,7 +194,11 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "top_p": [Changes("0.5"), Refused("0.5", IDLE, (".temperature=0",))],
         "top_k": [Changes("3"), Refused("3", IDLE, (".temperature=0",))],
         "stop": [Changes("[cat, dog, red, one, two]")],
-        "merge_adapter": [Changes("false"), Refused("false", IDLE, ("run.dtype=bf16",))],
+        "merge_adapter": [
+            Changes("false"),
+            Refused("false", IDLE, ("run.dtype=bf16",)),
+            Refused("false", IDLE, ("model.load_in_4bit=true",)),
+        ],
         "batch_size": [Changes("3")],
     },
     KLConfig: {
@@ -327,6 +335,7 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
     "reward": {
         "training.max_tokens_per_micro_batch": [Changes("20")],
         "model.train": [Refused("full", IDLE)],
+        "model.load_in_4bit": [Changes("true"), Refused("true", "4-bit codes", ("reward.train=full",))],
         "model.random_init": [
             Changes("true", ("reward.train=full", "run.seed=1")),
             Refused("true", "use reward.train=full"),
@@ -353,6 +362,7 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
             Changes("false"),
             Refused("false", IDLE, ("run.dtype=bf16",)),
             Refused("false", IDLE, FULL),
+            Refused("false", IDLE, ("model.load_in_4bit=true",)),
         ],
     },
     "eval": {
@@ -361,6 +371,8 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
         "run.keep_checkpoints": [Refused("1", IDLE)],
         "model.train": [Refused("full", IDLE)],
         "model.random_init": [Refused("true", "trained weights")],
+        "model.load_in_4bit": [Changes("true")],
+        "model.gradient_checkpointing": [Refused("true", IDLE)],
         **{f"model.lora.{name}": [Refused(value, IDLE)] for name, value in [
             ("r", "3"), ("lora_alpha", "5"), ("lora_dropout", "0.5"), ("target_modules", "[q_proj]"),
             ("use_rslora", "true"),
