@@ -36,7 +36,8 @@ REFUSED = {
     "dpo": RUN | SOURCES | COPIES | {"data.split_seed", "policy", "loss"},
     "ppo": RUN | SOURCES | COPIES | {"data.split_seed", "data.max_validation_samples", "policy"},
     "evaluate": RUN | COPIES | {
-        "model.train", "models", "reward_model", "histories", "reference", "data.validation_files", "data.split_seed",
+        "model.train", "model.gradient_checkpointing", "models", "reward_model", "histories", "reference",
+        "data.validation_files", "data.split_seed",
         "data.validation_fraction", "data.max_samples", "data.max_validation_samples", "data.max_prompt_length",
     },
 }  # fmt: skip
