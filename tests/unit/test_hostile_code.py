@@ -42,7 +42,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     canary.chmod(0o666)
     # Test folders are closed to others; what is refused must be refused by the sandbox, not by these.
     for above in folder.parents:
-        if above.name.startswith("pytest-"):
+        if any(part.startswith("pytest-of-") for part in above.parts):
             above.chmod(0o755)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.0)
