@@ -15,7 +15,7 @@ LEAST_PRODUCTS = 5
 
 
 def measure_matmul_rate(
-    dtype: torch.dtype, device: torch.device | None = None, *, edge: int | None = None, seconds: float = 0.5
+    dtype: torch.dtype, device: torch.device | None = None, *, edge: int | None = None, seconds: float = 1.0
 ) -> float:
     """GFLOP/s (2 n^3 per product of n x n matrices) of dense products in this format, with PyTorch's threads as set.
 
