@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf.data.chat import prepare_tokenizer
@@ -33,6 +34,8 @@ from rlhf.infra.config import Config
 from rlhf.infra.device import autocast, torch_dtype
 from rlhf.infra.errors import UserError
 from rlhf.models.adapter_files import TaskType, check_task_type, load_adapter
+from rlhf.models.attention import prefer_short_rows
+from rlhf.models.last_mlp import LastMLP
 from rlhf.models.lora import (
     LoRAConfig,
     adapter_names,
@@ -58,7 +61,9 @@ class ModelConfig(Config):
     random_init: bool = Field(False, description="start from the configuration alone, with random weights")
     train: Literal["lora", "full"] = Field("lora", description="adapters on a frozen base, or every weight")
     lora: LoRAConfig = Field(default_factory=LoRAConfig, description="shape and place of the adapters")
-    attn_implementation: str | None = Field(None, description="as in transformers; null picks its default")
+    attn_implementation: str | None = Field(
+        None, description="as in transformers; null: its default (on a CPU `short_rows`)"
+    )
     load_in_4bit: bool = Field(False, description="hold the frozen base in 4 bits (bitsandbytes), under adapters")
     bnb_4bit_quant_type: QuantType = Field("nf4", description="code of 4-bit weights: for normal ones, or 4-bit floats")
     bnb_4bit_use_double_quant: bool = Field(True, description="the scales of 4-bit weights in 8 bits too")
@@ -99,6 +104,7 @@ class Backbone(nn.Module):
         self.model, self.tokenizer, self.name, self.dtype_name = model, tokenizer, name, dtype_name
         self.notes = prepare_tokenizer(tokenizer)
         self._in_use: str | None = None
+        fuse_activations(self.model)
         # Dropout stays off in every stage: with it on, the ratio of the first PPO step is not 1 and the reference is
         # not one distribution (checklist P2). `train()` is therefore never passed on to the model.
         self.model.eval()
@@ -108,6 +114,7 @@ class Backbone(nn.Module):
         if layers:
             self.notes.append(f"{len(layers)} linear layers of the base are held in fewer bits")
         self._recomputed: list[nn.Module] = []
+        self._last_mlp = LastMLP(self.model)
 
     @classmethod
     def load(cls, config: ModelConfig, dtype_name: str = "fp32", device: torch.device | None = None) -> Backbone:
@@ -140,6 +147,8 @@ class Backbone(nn.Module):
                 model = kind.from_pretrained(source, dtype=dtype, **extra)
         except (OSError, ValueError) as error:
             raise _unreadable(config.name_or_path, error) from error
+        if config.attn_implementation is None and (device is None or device.type == "cpu"):
+            prefer_short_rows(model)
         backbone = cls(model, tokenizer, config.name_or_path, dtype_name)
         if config.gradient_checkpointing:
             backbone.recompute_in_backward()
@@ -228,11 +237,13 @@ class Backbone(nn.Module):
         *,
         adapter: str | None = None,
         cache: Cache | None = None,
+        wanted_BT: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states (B, T, D) under an adapter (None: the bare base).
 
-        Positions default to the count of attended tokens before each, so that padding on either side changes nothing,
-        for learned positions as for rotary ones. Packed rows come with their own positions and no mask.
+        `wanted_BT` is True where they will be read; elsewhere they are then of no use, and cheaper. Positions default
+        to the count of attended tokens before each, so that padding on either side changes nothing, for learned
+        positions as for rotary ones. Packed rows come with their own positions and no mask.
         """
         if position_ids_BT is None and attention_mask_BT is not None:
             position_ids_BT = positions_from_mask(attention_mask_BT)
@@ -246,7 +257,10 @@ class Backbone(nn.Module):
                 arguments |= {"use_cache": False}
         trains = cache is None and torch.is_grad_enabled()
         again = recomputing(self._recomputed) if trains else nullcontext()
-        with self.using(adapter), again, autocast(input_ids_BT.device, self.dtype_name):
+        # A block that runs again in the backward pass no longer knows what was wanted.
+        whole = wanted_BT is None or (trains and bool(self._recomputed))
+        narrowed = nullcontext() if whole else self._last_mlp.only_at(wanted_BT)
+        with self.using(adapter), again, autocast(input_ids_BT.device, self.dtype_name), narrowed:
             hidden_BTD: Tensor = trunk(**arguments).last_hidden_state
         return hidden_BTD
 
@@ -310,6 +324,17 @@ class Backbone(nn.Module):
 def positions_from_mask(attention_mask_BT: Tensor) -> Tensor:
     """Position of each token among the attended ones of its row; 0 on padding."""
     return (attention_mask_BT.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Compute GPT-2's GELU in one pass where the architecture spells it out in eight: the same formula, fused by torch.
+
+    At small widths the spelt-out form costs as much as a fifth of a training step, and keeps five wide tensors.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) in (NewGELUActivation, FastGELUActivation):
+                setattr(module, name, GELUTanh())
 
 
 def resolve_model(name_or_path: str) -> str:

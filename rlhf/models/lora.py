@@ -256,7 +256,7 @@ def merge_lora_weights(model: nn.Module, adapter_name: str | None = None) -> nn.
     """
     name = adapter_name or _only_active(model)
     unmerge_adapter(model)
-    _check_finite_when_merged(model, name)
+    _merged_weights(model, name)  # all of them are sound before the first is replaced
     for path, layer in lora_layers(model).items():
         _replace(model, path, layer.plain_layer(name))
     return model
@@ -271,10 +271,10 @@ def merge_adapter(model: nn.Module, adapter_name: str | None = None) -> None:
     name = adapter_name or _only_active(model)
     for layer in lora_layers(model, name).values():
         layer.check_unmerged()
-    _check_finite_when_merged(model, name)
+    weights = _merged_weights(model, name)
     set_active_adapter(model, name)
-    for layer in lora_layers(model, name).values():
-        layer.merge(name)
+    for path, layer in lora_layers(model, name).items():
+        layer.merge(name, weights[path])
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -323,12 +323,14 @@ def _only_active(model: nn.Module) -> str:
     return str(active.pop())
 
 
-def _check_finite_when_merged(model: nn.Module, name: str) -> None:
+def _merged_weights(model: nn.Module, name: str) -> dict[str, Tensor]:
+    weights = {}
     for path, layer in lora_layers(model, name).items():
         try:
-            layer.merged_weight(name)
+            weights[path] = layer.merged_weight(name)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+    return weights
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -54,12 +54,21 @@ class Policy(nn.Module):
         )
 
     def response_statistics(
-        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_mask_BR: Tensor, temperature: float
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        response_mask_BR: Tensor,
+        temperature: float,
+        *,
+        entropy_gradient: bool = True,
     ) -> ResponseStatistics:
-        """Log-probabilities, entropies and values of the last R columns, from one pass (two with a value adapter)."""
+        """Log-probabilities, entropies and values of the last R columns, from one pass (two with a value adapter).
+
+        `entropy_gradient` False: the entropies are for looking at, which is cheaper.
+        """
         rows = _CompactRows.of(input_ids_BT, attention_mask_BT, response_mask_BR)
         hidden_MD = rows.hidden(self.backbone, self.adapter)
-        statistics = rows.statistics(self.backbone, self.adapter, hidden_MD, temperature)
+        statistics = rows.statistics(self.backbone, self.adapter, hidden_MD, temperature, entropy_gradient)
         if self.value_head is None:
             return statistics
         if self.value_adapter is not None:
@@ -104,12 +113,12 @@ def masked_logprobs(
     """Log-probabilities (B, T) of the tokens under `action_mask_BT`, 0 elsewhere; the head runs at those only."""
     if bool(action_mask_BT[:, 0].any()):
         raise ValueError("the first token of a row cannot be an action: nothing comes before it")
-    hidden_BTD = backbone.hidden(input_ids_BT, attention_mask_BT, position_ids_BT, adapter=adapter)
-    target_mask = action_mask_BT[:, 1:]
+    read_BT = action_mask_BT.roll(-1, dims=1)  # a token is predicted from the place before it
+    hidden_BTD = backbone.hidden(input_ids_BT, attention_mask_BT, position_ids_BT, adapter=adapter, wanted_BT=read_BT)
     logprobs_M = logprobs_from_hidden(
         partial(backbone.logits, adapter=adapter),
-        hidden_BTD[:, :-1][target_mask],
-        input_ids_BT[:, 1:][target_mask],
+        hidden_BTD[read_BT],
+        input_ids_BT[action_mask_BT],
         backbone.vocab_size,
         temperature,
     )
@@ -126,7 +135,10 @@ def response_logprobs(
 ) -> Tensor:
     """Log-probabilities (B, R) of the last R columns under any adapter: what a reference is asked for."""
     rows = _CompactRows.of(input_ids_BT, attention_mask_BT, response_mask_BR)
-    return rows.statistics(backbone, adapter, rows.hidden(backbone, adapter), temperature).logprobs_BR
+    tokens_M = rows.input_ids_BT[rows.action_mask_BT]
+    head = partial(backbone.logits, adapter=adapter)
+    hidden_MD = rows.hidden(backbone, adapter)
+    return rows.scattered(logprobs_from_hidden(head, hidden_MD, tokens_M, backbone.vocab_size, temperature or 1.0))
 
 
 @dataclass(frozen=True)
@@ -153,16 +165,24 @@ class _CompactRows:
 
     def hidden(self, backbone: Backbone, adapter: str | None) -> Tensor:
         """Hidden states (M, D) from which the response tokens were drawn."""
-        hidden_BTD = backbone.hidden(self.input_ids_BT, self.attention_mask_BT, adapter=adapter)
-        return hidden_BTD[:, :-1][self.action_mask_BT[:, 1:]]
+        read_BT = self.action_mask_BT.roll(-1, dims=1)
+        hidden_BTD = backbone.hidden(self.input_ids_BT, self.attention_mask_BT, adapter=adapter, wanted_BT=read_BT)
+        return hidden_BTD[read_BT]
 
     def statistics(
-        self, backbone: Backbone, adapter: str | None, hidden_MD: Tensor, temperature: float
+        self,
+        backbone: Backbone,
+        adapter: str | None,
+        hidden_MD: Tensor,
+        temperature: float,
+        entropy_gradient: bool,
     ) -> ResponseStatistics:
         tokens_M = self.input_ids_BT[self.action_mask_BT]
         # A greedy sample has no temperature; it is scored as the plain distribution would.
         head = partial(backbone.logits, adapter=adapter)
-        found = statistics_from_hidden(head, hidden_MD, tokens_M, backbone.vocab_size, temperature or 1.0)
+        found = statistics_from_hidden(
+            head, hidden_MD, tokens_M, backbone.vocab_size, temperature or 1.0, entropy_gradient=entropy_gradient
+        )
         return ResponseStatistics(self.scattered(found.logprobs_M), self.scattered(found.entropy_M), None)
 
     def scattered(self, values_M: Tensor) -> Tensor:

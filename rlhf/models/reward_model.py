@@ -94,7 +94,9 @@ class RewardModel(nn.Module):
         mask_BT = torch.ones_like(input_ids_BT, dtype=torch.bool) if attention_mask_BT is None else attention_mask_BT
         if self._suffix_ids:
             input_ids_BT, mask_BT = lengthened(input_ids_BT, mask_BT, self._suffix_ids)
-        hidden_BTD = self.backbone.hidden(input_ids_BT, mask_BT, adapter=self.adapter)
+        hidden_BTD = self.backbone.hidden(
+            input_ids_BT, mask_BT, adapter=self.adapter, wanted_BT=pooled_positions(mask_BT, self.pooling)
+        )
         scores_B: Tensor = self.head(pool(hidden_BTD, mask_BT, self.pooling).float()).squeeze(-1)
         return scores_B
 
@@ -211,6 +213,13 @@ def pool(hidden_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
         return (hidden_BTD * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1).clamp(min=1)
     last_B = last_columns(mask_BT)
     return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+
+
+def pooled_positions(mask_BT: Tensor, pooling: Pooling) -> Tensor:
+    """Where `pool` reads: (B, T), True at the last attended token or at every one."""
+    if pooling == "mean":
+        return mask_BT
+    return torch.zeros_like(mask_BT).scatter(1, last_columns(mask_BT).unsqueeze(1), True)
 
 
 def lengthened(input_ids_BT: Tensor, mask_BT: Tensor, suffix_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

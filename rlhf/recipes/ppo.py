@@ -240,7 +240,11 @@ class PPO:
         def loss(micro: Experience) -> LossOutput:
             trajectory, mask_BR = micro.trajectory, micro.trajectory.response_mask_BR
             now = self.policy.response_statistics(
-                trajectory.input_ids_BT, trajectory.attention_mask_BT, mask_BR, trajectory.temperature
+                trajectory.input_ids_BT,
+                trajectory.attention_mask_BT,
+                mask_BR,
+                trajectory.temperature,
+                entropy_gradient=settings.entropy_coef > 0,
             )
             assert now.values_BR is not None
             log_ratio_BR = now.logprobs_BR - trajectory.logprobs_BR

@@ -20,7 +20,7 @@ from rlhf.infra.config import load_config
 from rlhf.infra.experiment import RunConfig
 from rlhf.models.adapter_files import save_adapter
 from rlhf.models.backbone import ModelConfig
-from rlhf.models.policy import Policy
+from rlhf.models.policy import Policy, response_logprobs
 from rlhf.models.reference import Reference
 from rlhf.recipes.dpo import summed_logprobs
 from rlhf.recipes.ppo import MAX_LOGPROB_GAP, run_ppo
@@ -218,8 +218,8 @@ def test_P10_the_reference_is_the_base_with_the_frozen_sft_adapter(tmp_path: Pat
         return started.reference.logprobs(ids, mask, answers, 1.0)
 
     with torch.no_grad():
-        sft = Policy(source, "sft").response_statistics(ids, mask, answers, 1.0).logprobs_BR
-        bare = Policy(source, None).response_statistics(ids, mask, answers, 1.0).logprobs_BR
+        sft = response_logprobs(source, "sft", ids, mask, answers, 1.0)
+        bare = response_logprobs(source, None, ids, mask, answers, 1.0)
     assert torch.equal(reference(), sft) and not torch.allclose(sft, bare, atol=1e-2)
     optimizer = torch.optim.SGD(started.policy.trainable_parameters().values(), lr=1.0)
     started.policy.response_statistics(ids, mask, answers, 1.0).logprobs_BR.sum().backward()

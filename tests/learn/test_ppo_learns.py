@@ -193,7 +193,7 @@ def test_values_behind_cut_off_answers_and_recomputed_quantities(tmp_path: Path,
     trajectory = bench.ppo.sample(bench.ppo.next_prompts())
     again = bench.ppo.recomputed(trajectory)
     assert trajectory.values_BR is not None and again.values_BR is not None
-    torch.testing.assert_close(again.values_BR, trajectory.values_BR, atol=1e-3, rtol=0)
+    torch.testing.assert_close(again.values_BR, trajectory.values_BR, atol=1e-3, rtol=1e-4)
     behind = bench.ppo._values_after_end(trajectory)
     backbone, head = bench.policy.backbone, bench.policy.value_head
     assert head is not None and not bool(trajectory.finished_B.all())

@@ -68,8 +68,8 @@ def sampled(policy: Policy, config: GenerationConfig, prompts: list[list[int]] =
 def assert_same_answers(one: Trajectory, other: Trajectory) -> None:
     assert one.responses() == other.responses()
     assert torch.equal(one.finished_B, other.finished_B)
-    torch.testing.assert_close(one.logprobs_BR, other.logprobs_BR, atol=1e-5, rtol=0)
-    torch.testing.assert_close(one.entropy_BR, other.entropy_BR, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one.logprobs_BR, other.logprobs_BR, atol=2e-5, rtol=0)
+    torch.testing.assert_close(one.entropy_BR, other.entropy_BR, atol=2e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- forward passes

@@ -1,0 +1,89 @@
+"""The peer's SFT, reward modelling and DPO: python bench/peer/offline.py KIND FOLDER STEPS [--bf16] [--same-batch].
+
+Runs in an environment of its own with the current TRL; FOLDER comes from `bench/workload.py`, KIND is sft, rm or dpo.
+The trainers keep their defaults wherever those are not part of the work. The last line printed is one JSON object.
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+ROWS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=["sft", "rm", "dpo"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("steps", type=int)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--same-batch", action="store_true")
+    asked = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(asked.folder / "policy")
+    name = "answers.jsonl" if asked.kind == "sft" else "pairs.jsonl"
+    rows = [json.loads(line) for line in (asked.folder / name).read_text(encoding="utf-8").splitlines()]
+    rows = rows[: ROWS if asked.same_batch else ROWS * asked.steps]
+    data = Dataset.from_list(rows)
+    settings = {
+        "output_dir": "out",
+        "per_device_train_batch_size": ROWS,
+        "num_train_epochs": asked.steps if asked.same_batch else 1,
+        "max_length": 256,
+        "learning_rate": 1e-4,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": asked.bf16,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    if asked.kind == "rm":
+        from trl import RewardConfig, RewardTrainer
+
+        base = AutoModelForSequenceClassification.from_pretrained(asked.folder / "reward", dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, asked.folder / "reward_start", is_trainable=True)
+        trainer = RewardTrainer(
+            model=model, args=RewardConfig(**settings), processing_class=tokenizer, train_dataset=data
+        )
+    else:
+        from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+        base = AutoModelForCausalLM.from_pretrained(asked.folder / "policy", dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, asked.folder / "start", is_trainable=True)
+        kind = (SFTTrainer, SFTConfig) if asked.kind == "sft" else (DPOTrainer, DPOConfig)
+        trainer = kind[0](model=model, args=kind[1](**settings), processing_class=tokenizer, train_dataset=data)
+
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    columns = [name for name in trainer.train_dataset.column_names if name.endswith("_ids")]
+    tokens = sum(len(ids) for name in columns for ids in trainer.train_dataset[name])
+    if "prompt_ids" in columns:  # stands before both answers
+        tokens += sum(len(ids) for ids in trainer.train_dataset["prompt_ids"])
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "steps": asked.steps,
+                "optimizer_steps": trainer.state.global_step,
+                "s_per_step": seconds / asked.steps,
+                "tokens": tokens * (asked.steps if asked.same_batch else 1),
+                "losses": losses,
+                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
