@@ -46,6 +46,9 @@ def slopes(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-6)
     return found
 
 
+FIVE = torch.arange(1.0, 6.0, dtype=torch.float64)  # every row counts differently
+
+
 def head(hidden: Tensor) -> Tensor:
     return hidden @ WEIGHTS.T
 
@@ -67,9 +70,9 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
         lambda x: statistics_from_logits(x, IDS[0], 0.8).logprobs_M + statistics_from_logits(x, IDS[0]).entropy_M,
         random(5, 6),
     ),
-    "logprobs_from_hidden": (lambda x: logprobs_from_hidden(head, x, IDS[0], 6, 0.8), random(5, 4)),
+    "logprobs_from_hidden": (lambda x: logprobs_from_hidden(head, x, IDS[0], 6, 0.8) * FIVE, random(5, 4)),
     "statistics_from_hidden": (
-        lambda x: (found := statistics_from_hidden(head, x, IDS[0], 6, 0.8)).logprobs_M + 0.3 * found.entropy_M,
+        lambda x: (found := statistics_from_hidden(head, x, IDS[0], 6, 0.8)).logprobs_M * FIVE + found.entropy_M / FIVE,
         random(5, 4),
     ),
     "bradley_terry_loss": (lambda x: bradley_terry_loss(x[0], x[1], x[2]), GRID),
