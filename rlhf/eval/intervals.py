@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -131,6 +131,19 @@ def paired_ratio(
     return _percentile(float(one.mean() / two.mean() - 1), ratios, len(one), level)
 
 
+def bootstrap(
+    estimate: float, num: int, statistic: Callable[[FloatArray], FloatArray], seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Percentile bootstrap interval of any statistic of `num` units that takes the weight of each unit.
+
+    `statistic` gets the weights of some resamples, (resamples, num), each row of which sums to num, and returns its
+    values, (resamples,). `estimate` is the value for the sample itself. A statistic that is not defined for some
+    resample has no interval.
+    """
+    values = np.concatenate([statistic(weights) for weights in _weights(num, seed)])
+    return _percentile(estimate, values, num, level)
+
+
 def _normal_quantile(level: float) -> float:
     if not 0 < level < 1:
         raise UserError(f"a confidence level lies between 0 and 1; got {level}")
@@ -164,15 +177,18 @@ def _percentile(estimate: float, resampled: FloatArray, num: int, level: float) 
 def _resampled_means(columns: FloatArray, seed: int) -> FloatArray:
     """Means of each column of (units, columns) over resampled units: (resamples, columns)."""
     num = len(columns)
+    return np.concatenate([weights @ columns / num for weights in _weights(num, seed)])
+
+
+def _weights(num: int, seed: int) -> Iterator[FloatArray]:
+    """The draws of all resamples, (some resamples, num) at a time."""
     per_chunk = max(1, min(_NUM_RESAMPLES, _CACHED_CELLS // num))
     if per_chunk == _NUM_RESAMPLES:
-        return _counts(num, seed) @ columns / num
+        yield _counts(num, seed)
+        return
     rng = np.random.default_rng(seed)
-    chunks = []
     for start in range(0, _NUM_RESAMPLES, per_chunk):
-        rows = min(per_chunk, _NUM_RESAMPLES - start)
-        chunks.append(_draw_counts(rng, rows, num) @ columns / num)
-    return np.concatenate(chunks)
+        yield _draw_counts(rng, min(per_chunk, _NUM_RESAMPLES - start), num)
 
 
 @functools.lru_cache(maxsize=6)

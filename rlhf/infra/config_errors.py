@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from rlhf.infra.yaml_tree import leaf_keys
 
 MAX_PROBLEMS_TOLD = 3
+SECRET = "secret"  # type of an error whose value must not be repeated: it may be a key or a password
 
 
 def known_keys(cls: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -78,6 +79,8 @@ def _sentence(key: str, problems: Sequence[ErrorDetails], fields: Mapping[str, F
     )
     if not key:
         return f"the config does not fit together: {said}"
+    if first["type"] == SECRET:
+        return f"config key '{key}': {said}"
     if first["type"] == "value_error" and isinstance(first["input"], dict):
         return f"config section '{key}' does not fit together: {said}"
     known = fields.get(key)
