@@ -69,6 +69,13 @@ def _about_scores(report: Report, name: str) -> Iterator[Check]:
             f"{name} wins {_percent(win.rate)} against {win.second}"
             + (", which does not exclude that it is no better." if unclear else "."),
         )
+        by_length = win.rate.low > 0.5 >= win.length_controlled.low
+        yield Check(
+            f"{name}: win-rate at equal length",
+            by_length,
+            f"At equal length {name} wins {_percent(win.length_controlled)} against {win.second}"
+            + ("; without the difference in length the lead is not shown." if by_length else "."),
+        )
 
 
 def _about_text(report: Report, name: str) -> Iterator[Check]:

@@ -59,6 +59,11 @@ def cell(value: Interval | float | None, digits: int = 2, factor: float = 1.0, s
     return Cell(text(scaled.estimate), bounds)
 
 
+def p_value(value: float) -> Cell:
+    """Format a p-value; what is smaller than a thousandth is said to be that."""
+    return Cell("< 0.001" if value < 0.001 else f"{value:.3f}")
+
+
 def summary_of(report: Report, view: View) -> Table:
     """One row per metric, one column per model."""
     names = tuple(name for name in report.models if name in view.metrics)
@@ -124,13 +129,21 @@ def win_rates_of(report: Report) -> Table:
     rows = [
         (
             f"{win.first} against {win.second}, {view.title.lower().replace(' prompts', '')}",
-            (cell(win.rate, 1, 100), Cell(str(win.wins)), Cell(str(win.ties)), Cell(str(win.losses))),
+            (
+                cell(win.rate, 1, 100),
+                cell(win.length_controlled, 1, 100),
+                Cell(str(win.wins)),
+                Cell(str(win.ties)),
+                Cell(str(win.losses)),
+                p_value(win.p_value),
+            ),
         )
         for view in report.views
         for win in view.win_rates
     ]
-    caption = f"Judge: {_judge_name(report)}. 95 % bootstrap intervals over prompts."
-    return Table("Win-rates", ("", "Win-rate, %", "Wins", "Ties", "Losses"), tuple(rows), caption, one_line=True)
+    caption = f"Judge: {_judge_name(report)}. 95 % bootstrap intervals over prompts; p by a sign test over prompts."
+    columns = ("", "Win-rate, %", "At equal length, %", "Wins", "Ties", "Losses", "p")
+    return Table("Win-rates", columns, tuple(rows), caption, one_line=True)
 
 
 def refusals_of(report: Report) -> Table:

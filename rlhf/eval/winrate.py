@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rlhf.eval.intervals import Interval, mean_interval
+from rlhf.eval.length_control import length_controlled
 from rlhf.eval.samples import Sample
+from rlhf.eval.significance import sign_test
 from rlhf.infra.errors import UserError
 
 Judge = Callable[[Sample], "float | None"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One answer against another: preference for the first (1 better, 0.5 alike, 0 worse), lengths in characters."""
+
+    prompt_id: str
+    preference: float
+    length_first: float
+    length_second: float
 
 
 @dataclass(frozen=True)
@@ -20,7 +32,8 @@ class WinRate:
 
     `rate` is the mean over prompts of (wins + ties / 2) / comparisons with its 95 % bootstrap interval over prompts.
     `wins`, `ties` and `losses` count comparisons from the first model's side; `num_unpaired` counts prompts that only
-    one of the two answered or whose answers the judge gave no score.
+    one of the two answered or whose answers the judge gave no score. `length_controlled` is the rate at equal length
+    (see `length_control`), `p_value` that of a sign test over prompts.
     """
 
     first: str
@@ -31,6 +44,8 @@ class WinRate:
     losses: int
     rate: Interval
     num_unpaired: int
+    length_controlled: Interval
+    p_value: float
 
 
 def gold_score(sample: Sample) -> float | None:
@@ -70,39 +85,63 @@ def compare(
             f"{names[0]} and {names[1]} share no prompt that the {judge} judge scored on both sides; evaluate both "
             "models on the same prompts with that judge"
         )
-    counts = np.zeros(3, dtype=np.int64)
-    outcomes = []
-    for prompt in shared:
-        wins, ties, losses = _outcomes(one[prompt], two[prompt], tie_margin)
-        counts += (wins, ties, losses)
-        outcomes.append((wins + ties / 2) / (wins + ties + losses))
+    comparisons = [
+        Comparison(prompt, _preference(a - b, tie_margin), length_a, length_b)
+        for prompt in shared
+        for a, length_a in one[prompt]
+        for b, length_b in two[prompt]
+    ]
+    return win_rate(comparisons, names, judge, len(set(one) | set(two)) - len(shared), seed)
+
+
+def win_rate(
+    comparisons: Sequence[Comparison],
+    names: tuple[str, str],
+    judge: str = "judge",
+    num_unpaired: int = 0,
+    seed: int = 0,
+) -> WinRate:
+    """The win-rate that comparisons amount to; those of one prompt count as one unit. Raises UserError without any."""
+    if not comparisons:
+        raise UserError(
+            f"judge {judge} gave no verdict on any answer of {names[0]} and {names[1]}; nothing can be said"
+        )
+    prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(one.prompt_id for one in comparisons))}
+    places = [prompts[one.prompt_id] for one in comparisons]
+    counts = np.bincount(places, minlength=len(prompts))
+
+    def means(values: Sequence[float]) -> np.ndarray:
+        return np.bincount(places, weights=values, minlength=len(prompts)) / counts
+
+    preferences = means([one.preference for one in comparisons])
+    lengths = [means([one.length_first for one in comparisons]), means([one.length_second for one in comparisons])]
     return WinRate(
         first=names[0],
         second=names[1],
         judge=judge,
-        wins=int(counts[0]),
-        ties=int(counts[1]),
-        losses=int(counts[2]),
-        rate=mean_interval(outcomes, seed),
-        num_unpaired=len(set(one) | set(two)) - len(shared),
+        wins=sum(one.preference > 0.5 for one in comparisons),
+        ties=sum(one.preference == 0.5 for one in comparisons),
+        losses=sum(one.preference < 0.5 for one in comparisons),
+        rate=mean_interval(preferences, seed),
+        num_unpaired=num_unpaired,
+        length_controlled=length_controlled(preferences, *lengths, seed=seed).rate,
+        p_value=sign_test(int((preferences > 0.5).sum()), int((preferences < 0.5).sum())),
     )
 
 
-def _scores_by_prompt(samples: Iterable[Sample], judge: Judge) -> dict[str, list[float]]:
-    scores: dict[str, list[float]] = {}
+def _scores_by_prompt(samples: Iterable[Sample], judge: Judge) -> dict[str, list[tuple[float, int]]]:
+    """(score, length in characters) of every scored answer."""
+    scores: dict[str, list[tuple[float, int]]] = {}
     for sample in samples:
         of_prompt = scores.setdefault(sample.prompt_id, [])
         score = judge(sample)
         if score is not None and not np.isnan(score):
-            of_prompt.append(score)
+            of_prompt.append((score, len(sample.response)))
     return scores
 
 
-def _outcomes(first: list[float], second: list[float], tie_margin: float) -> tuple[int, int, int]:
-    gaps = [a - b for a in first for b in second]
-    wins = sum(gap > tie_margin for gap in gaps)
-    losses = sum(gap < -tie_margin for gap in gaps)
-    return wins, len(gaps) - wins - losses, losses
+def _preference(gap: float, tie_margin: float) -> float:
+    return 0.5 if abs(gap) <= tie_margin else float(gap > 0)
 
 
 JUDGES: dict[str, Judge] = {"gold": gold_score, "reward": reward_score, "brevity": brevity}

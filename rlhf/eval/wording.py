@@ -39,7 +39,9 @@ def how_measured(report: Report) -> list[str]:
         sentences.append(
             f"Win-rates compare two models' answers to the same prompt by {_JUDGES[report.judge]}; a tie counts one "
             "half. Their intervals, like those of means, are percentile bootstraps over prompts with "
-            f"seed {report.seed}. Rates have Wilson intervals."
+            f"seed {report.seed}. Rates have Wilson intervals. At equal length means the win-rate that a logistic "
+            "model of preference and difference in characters leaves when the difference is taken out "
+            "(arXiv:2404.04475)."
         )
     if report.judge == "reward":
         sentences.append(

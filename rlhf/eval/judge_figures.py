@@ -1,0 +1,175 @@
+"""What a judge's verdicts amount to: a win-rate, and how far the judge can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlhf.eval.agreement import cohen_kappa
+from rlhf.eval.intervals import Interval, mean_interval, newcombe_difference, wilson
+from rlhf.eval.judge import RULES, Judgement, Pair
+from rlhf.eval.winrate import Comparison, WinRate, win_rate
+from rlhf.infra.errors import UserError
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one judge said of a list of pairs, in the same order."""
+
+    judge: str
+    pairs: Sequence[Pair]
+    judgements: Sequence[Judgement]
+    sees_order: bool = True
+
+    def preferences(self, rule: str = "averaged") -> list[float | None]:
+        """One preference for the first answer per pair, None without a verdict; `rule` is a name of `judge.RULES`."""
+        if rule not in RULES:
+            raise UserError(f"no rule '{rule}' to join both orders; expected one of {', '.join(RULES)}")
+        return [RULES[rule](judgement) for judgement in self.judgements]
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How a judge judges, whatever is true; None where it cannot be measured.
+
+    `consistency` is the share of pairs with the same verdict in both orders and `front` the mean preference for the
+    answer in front (0.5: places do not matter), both over pairs that were asked in both orders. `front_always` and
+    `back_always` are the shares of pairs in which the place won twice. `longer` is the preference for the longer of two
+    answers that differ in length (0.5: length does not matter, or does so in both directions).
+    """
+
+    num_pairs: int
+    num_unparsable: int
+    num_identical: int
+    consistency: Interval | None
+    front: Interval | None
+    front_always: Interval | None
+    back_always: Interval | None
+    longer: Interval | None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Agreement with people's labels; a half preference counts one half.
+
+    `both_orders` is the share of pairs that are right in either order. `longer_right` is the agreement where the answer
+    labelled better is the longer one, `shorter_right` where it is the shorter one, and `length_gap` their difference:
+    what a judge gains by liking length. `longer_labelled` is how often people preferred the longer answer. `kappa`
+    treats a verdict as first, tie or second. The bounds say how far pairs without a verdict could move the agreement.
+    """
+
+    num_labelled: int
+    num_unparsable: int
+    agreement: Interval | None
+    both_orders: Interval | None
+    kappa: Interval | None
+    longer_right: Interval | None
+    shorter_right: Interval | None
+    length_gap: Interval | None
+    longer_labelled: Interval | None
+    bounds: tuple[float, float]
+
+
+def win_rate_of(judged: Judged, names: tuple[str, str], rule: str = "averaged", seed: int = 0) -> WinRate | None:
+    """The first model's win-rate against the second; None where no pair has a verdict."""
+    comparisons = [
+        Comparison(pair.prompt_id, preference, len(pair.first), len(pair.second))
+        for pair, preference in zip(judged.pairs, judged.preferences(rule), strict=True)
+        if preference is not None
+    ]
+    if not comparisons:
+        return None
+    unjudged = {pair.prompt_id for pair in judged.pairs} - {one.prompt_id for one in comparisons}
+    return win_rate(comparisons, names, judged.judge, num_unpaired=len(unjudged), seed=seed)
+
+
+def behaviour_of(judged: Judged, seed: int = 0) -> Behaviour:
+    """How the judge treats places and lengths."""
+    whole = [(pair, one) for pair, one in zip(judged.pairs, judged.judgements, strict=True) if one.is_whole]
+    asked = [(one.in_front, one.behind) for _, one in whole if one.is_asked] if judged.sees_order else []
+    orders = [(front, back) for front, back in asked if front is not None and back is not None]
+    different = [(pair, one) for pair, one in whole if len(pair.first) != len(pair.second)]
+    longer = [_for_longer(pair, _mean_of(one)) for pair, one in different]
+    return Behaviour(
+        num_pairs=len(judged.pairs),
+        num_unparsable=len(judged.pairs) - len(whole),
+        num_identical=sum(not one.is_asked for one in judged.judgements),
+        consistency=_share([front == back for front, back in orders]),
+        front=mean_interval([(front + 1 - back) / 2 for front, back in orders], seed) if orders else None,
+        front_always=_share([front > 0.5 > back for front, back in orders]),
+        back_always=_share([front < 0.5 < back for front, back in orders]),
+        longer=mean_interval(longer, seed) if longer else None,
+    )
+
+
+def accuracy_of(judged: Judged, rule: str = "averaged", seed: int = 0) -> Accuracy:
+    """Agreement with the labels of the pairs; pairs that people called alike do not count.
+
+    Raises UserError when no pair has a label.
+    """
+    rows = [
+        (pair, pair.label, preference, one)
+        for pair, preference, one in zip(judged.pairs, judged.preferences(rule), judged.judgements, strict=True)
+        if pair.label is not None and pair.label != 0.5
+    ]
+    if not rows:
+        raise UserError("no pair has a label that prefers one answer, so there is nothing to agree with")
+    known = [(pair, label, preference, one) for pair, label, preference, one in rows if preference is not None]
+    credit = [preference if label > 0.5 else 1 - preference for _, label, preference, _ in known]
+    longer = [_for_longer(pair, float(label > 0.5)) for pair, label, _, _ in known]
+    when_longer = _rate([c for c, (pair, *_), lab in zip(credit, known, longer, strict=True) if _differ(pair) and lab])
+    when_shorter = _rate(
+        [c for c, (pair, *_), lab in zip(credit, known, longer, strict=True) if _differ(pair) and not lab]
+    )
+    has_both = when_longer is not None and when_shorter is not None
+    missing = len(rows) - len(known)
+    return Accuracy(
+        num_labelled=len(rows),
+        num_unparsable=missing,
+        agreement=_rate(credit),
+        both_orders=_share(
+            [one.in_front == one.behind == float(label > 0.5) for _, label, _, one in known if one.is_whole]
+        ),
+        kappa=_kappa(known, seed),
+        longer_right=when_longer,
+        shorter_right=when_shorter,
+        length_gap=newcombe_difference(when_longer, when_shorter) if has_both else None,
+        longer_labelled=_rate([_for_longer(pair, float(label > 0.5)) for pair, label, *_ in rows if _differ(pair)]),
+        bounds=(sum(credit) / len(rows), (sum(credit) + missing) / len(rows)),
+    )
+
+
+def outcome(preference: float) -> str:
+    """A preference as one of three verdicts."""
+    return "tie" if preference == 0.5 else "first" if preference > 0.5 else "second"
+
+
+def _kappa(known: Sequence[tuple[Pair, float, float, Judgement]], seed: int) -> Interval | None:
+    if not known:
+        return None
+    said = [outcome(preference) for _, _, preference, _ in known]
+    return cohen_kappa(said, [outcome(label) for _, label, _, _ in known], seed)
+
+
+def _for_longer(pair: Pair, preference: float) -> float:
+    return preference if len(pair.first) > len(pair.second) else 1 - preference
+
+
+def _differ(pair: Pair) -> bool:
+    return len(pair.first) != len(pair.second)
+
+
+def _mean_of(judgement: Judgement) -> float:
+    mean = RULES["averaged"](judgement)
+    assert mean is not None, "only whole judgements are averaged here"
+    return mean
+
+
+def _rate(credit: Sequence[float]) -> Interval | None:
+    return wilson(float(np.sum(credit)), len(credit)) if credit else None
+
+
+def _share(flags: Sequence[bool]) -> Interval | None:
+    return wilson(sum(flags), len(flags)) if flags else None
