@@ -22,9 +22,9 @@ from rlhf.models.lora import delete_adapter
 from rlhf.models.reward_model import load_reward_model
 from rlhf.recipes.doctor_stages import START
 from rlhf.recipes.doctor_subject import NUM_PASSES, Subject, sampled
-from rlhf.recipes.ppo import PPOParts
 from rlhf.recipes.ppo import prepare as prepare_ppo
 from rlhf.recipes.ppo_config import PPOConfig
+from rlhf.recipes.rollouts import OnlineParts
 from rlhf.recipes.stages import REWARD_MODEL, locate
 from rlhf.rewards.learned import LearnedReward
 from rlhf.rewards.protocol import RewardTermConfig
@@ -47,7 +47,7 @@ def examine_ppo(config: PPOConfig, device: torch.device, scratch: Path, stand_in
     yield finding
     yield subject.bos("PPO", [prompt.prompt_ids for prompt in prompts])
     parts = prepare_ppo(_without_reward_model(config), device, scratch / "rejected.jsonl")
-    yield START.green(f"{parts.policy.backbone.name}; {parts.prompts.report}")
+    yield START.green(f"{parts.policy.backbone.name}; {parts.report}")
     rollout = Rollout(config, parts, subject)
     yield from rollout.findings(stand_in)
     if any(term.name == "model" for term in config.rewards):
@@ -60,10 +60,10 @@ def examine_ppo(config: PPOConfig, device: torch.device, scratch: Path, stand_in
 class Rollout:
     """A small rollout by the recipe's own sampler, and what can be said of it."""
 
-    def __init__(self, config: PPOConfig, parts: PPOParts, subject: Subject) -> None:
+    def __init__(self, config: PPOConfig, parts: OnlineParts, subject: Subject) -> None:
         self.config, self.parts, self.subject = config, parts, subject
         self.stops = parts.encoder.stop_token_ids
-        self.batch = subject.spread(parts.prompts.examples, _num_ids, _NUM_PROMPTS)
+        self.batch = subject.spread(parts.prompts, _num_ids, _NUM_PROMPTS)
         self.prompts = [prompt.prompt_ids for prompt in self.batch]
         self.trajectory = self.sample(self.prompts)
 

@@ -6,7 +6,7 @@ Legend: B sequences, P prompt columns (left-padded), R response columns (right-p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -88,27 +88,32 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Experience:
-    """A scored trajectory, ready to learn from; every tensor but the last two is (B, R), 0 where the mask is False.
+    """A scored trajectory, ready to learn from; tensors (B, R) are 0 where the mask is False.
 
-    `rewards_BR` already holds the KL penalty and, on the last token, the shaped score; `scores_B` is what the reward
-    functions said before shaping, `kl_B` the sum over a response of log pi - log pi_ref (k1, nats).
+    `rewards_BR` already holds the KL penalty, where it is paid there, and on the last token the shaped score;
+    `scores_B` is what the reward functions said before shaping, `kl_B` the sum over a response of log pi - log pi_ref
+    (k1, nats). Values and returns are there where there is a critic.
     """
 
     trajectory: Trajectory
     reference_logprobs_BR: Tensor
     rewards_BR: Tensor
-    values_BR: Tensor
     advantages_BR: Tensor
-    returns_BR: Tensor
     scores_B: Tensor
     kl_B: Tensor
+    values_BR: Tensor | None = None
+    returns_BR: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.trajectory)
 
     def select(self, indices: Tensor) -> Experience:
         responses = int(self.trajectory.lengths_B[indices].max())
-        narrowed = {f.name: getattr(self, f.name)[indices, :responses] for f in fields(self) if f.name.endswith("_BR")}
+        narrowed = {
+            name: tensor[indices, :responses]
+            for name, tensor in vars(self).items()
+            if name.endswith("_BR") and tensor is not None
+        }
         return replace(
             self,
             trajectory=self.trajectory.select(indices),

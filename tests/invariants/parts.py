@@ -23,6 +23,7 @@ from rlhf.models.reference import Reference
 from rlhf.models.value_head import ValueHead
 from rlhf.recipes.ppo import PPO
 from rlhf.recipes.ppo_config import PPOConfig
+from rlhf.recipes.rollouts import OnlineParts
 from rlhf.rewards.protocol import CombinedReward, RewardFunction, RewardTerm
 from rlhf.rollout.sampler import Sampler
 from rlhf.rollout.trajectory import Experience, Trajectory
@@ -104,23 +105,23 @@ def ppo_on(
     texts = [
         " ".join([WORDS[place], *(WORDS[i - 3] for i in ids)]) for place, ids in enumerate(random_prompts(12, seed=1))
     ]
-    return PPO(
-        config,
-        Run.create("ppo", config, config.run) if run is None else run,
+    parts = OnlineParts(
         Policy(backbone, "policy", ValueHead(backbone.width)),
         Reference(backbone, "sft"),
         CombinedReward([RewardTerm("reward", reward)]),
         [PromptExample(encoder.prompt_ids(text), text, {}) for text in texts],
         encoder,
     )
+    return PPO(config, Run.create("ppo", config, config.run) if run is None else run, parts)
 
 
 def experience_of(ppo: PPO) -> Experience:
     """One rollout, scored and with its advantages."""
     batch = ppo.next_prompts()
     trajectory = ppo.sample(batch)
-    scores = ppo.score(batch, trajectory)
-    return ppo.estimate_advantages(trajectory, scores, ppo.shape(batch, trajectory, scores))
+    scores = ppo.rollouts.score(batch, trajectory)
+    shaped = ppo.rollouts.shape(trajectory, scores, ppo.progress.moments)
+    return ppo.estimate_advantages(trajectory, scores, shaped)
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

@@ -23,9 +23,10 @@ from rlhf.models.backbone import ModelConfig
 from rlhf.models.policy import Policy, response_logprobs
 from rlhf.models.reference import Reference
 from rlhf.recipes.dpo import summed_logprobs
-from rlhf.recipes.ppo import MAX_LOGPROB_GAP, run_ppo
+from rlhf.recipes.ppo import run_ppo
 from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.stages import start_policy
+from rlhf.recipes.updates import MAX_LOGPROB_GAP
 from rlhf.rollout.trajectory import Trajectory
 
 
@@ -58,7 +59,7 @@ def test_P1_in_bf16_the_gap_stays_under_its_bound_and_recomputing_closes_it(tmp_
     ppo = ppo_on(tmp_path, backbone, generation={"max_new_tokens": 24}, ppo={"recompute_logprobs": True})
     ppo.run.finish()
     kept = sampled(ppo.policy, random_prompts(24), max_new_tokens=24)
-    again = ppo.recomputed(kept)
+    again = ppo.rollouts.recomputed(kept, logprobs=True)
     with torch.no_grad():
         now = ppo.policy.response_statistics(*asked(kept)).logprobs_BR
     gaps = [float(((now - part.logprobs_BR).exp() - 1).abs()[kept.response_mask_BR].mean()) for part in (kept, again)]
@@ -194,7 +195,7 @@ def test_P9_the_share_of_clamped_tokens_is_logged(tmp_path: Path, monkeypatch: p
         far["all"] += int(part.response_mask_BR.sum())
         return found
 
-    monkeypatch.setattr(ppo, "_reference_logprobs", with_far_tokens)
+    monkeypatch.setattr(ppo.rollouts, "reference_logprobs", with_far_tokens)
     with ppo.run:
         ppo.train()
     (line,) = read_log(ppo.run.folder)
@@ -233,13 +234,13 @@ def test_P10_the_reference_is_the_base_with_the_frozen_sft_adapter(tmp_path: Pat
 
 def test_P1_log_probs_far_off_are_recomputed_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ppo = ppo_on(tmp_path, backbone_of("qwen2"), ppo={"num_iterations": 3, "rollout_batch_size": 8})
-    draw = ppo.sampler.sample
+    draw = ppo.rollouts.sampler.sample
 
     def off_by_a_tenth(*arguments) -> Trajectory:
         found = draw(*arguments)
         return replace(found, logprobs_BR=(found.logprobs_BR - 0.1).where(found.response_mask_BR, 0.0))
 
-    monkeypatch.setattr(ppo.sampler, "sample", off_by_a_tenth)
+    monkeypatch.setattr(ppo.rollouts.sampler, "sample", off_by_a_tenth)
     with ppo.run:
         ppo.train()
     gaps = [line["policy/logprob_gap"] for line in read_log(ppo.run.folder)]

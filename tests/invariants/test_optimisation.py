@@ -94,11 +94,11 @@ def test_O1_the_gradient_of_ppo_does_not_depend_on_accumulation(tmp_path: Path, 
         )
         experience = experience_of(ppo)
         ppo.run.finish()
-        batches, loss = ppo._micro_batches(experience), ppo._loss(experience)
+        batches, loss = ppo.updates.micro_batches(experience), ppo.loss(experience)
         assert (len(batches) == 1) == (tokens > 1000)
         for batch in batches:
             loss(batch).loss.backward()
-        found.append([p.grad for p in ppo.trainer.parameters.values()])
+        found.append([p.grad for p in ppo.updates.trainer.parameters.values()])
     for first, second in zip(*found, strict=True):
         assert first is not None and second is not None
         torch.testing.assert_close(second, first, atol=1e-5, rtol=1e-4)
@@ -160,7 +160,7 @@ def test_O4_optimizer_steps_are_epochs_times_mini_batches(tmp_path: Path, epochs
     with ppo.run:
         ppo.train()
     assert [line["train/updates_this_iteration"] for line in read_log(ppo.run.folder)] == [epochs * minis] * 2
-    assert ppo.trainer.step_count == 2 * epochs * minis == ppo.config.num_optimizer_steps
+    assert ppo.updates.trainer.step_count == 2 * epochs * minis == ppo.config.num_optimizer_steps
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -94,7 +94,7 @@ def test_C8_a_resumed_run_sees_each_prompt_as_often(twice: tuple[PPO, PPO, PPO])
     def consumed(ppo: PPO, steps: range) -> list[str]:
         found = []
         for step in steps:
-            ppo.progress = replace(ppo.progress, step=step)
+            ppo.updates.progress = replace(ppo.progress, step=step)
             found += [str(example.prompt) for example in ppo.next_prompts()]
         return found
 

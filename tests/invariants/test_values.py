@@ -89,11 +89,12 @@ def test_V3_truncated_answers_against_brute_force(tmp_path: Path, bootstrap: boo
     settings = {"gamma": 0.9, "lam": 0.8, "whiten_advantages": False, "bootstrap_truncated": bootstrap}
     ppo = small_ppo(tmp_path, **settings)
     shaping = ppo.config.shaping.model_copy(update={"normalise": False, "clip": None, "missing_eos_penalty": 2.0})
-    ppo.config = ppo.config.model_copy(update={"shaping": shaping})
+    ppo.rollouts.config = ppo.config.model_copy(update={"shaping": shaping})
     batch = ppo.next_prompts()
     trajectory = ppo.sample(batch)
-    scores = ppo.score(batch, trajectory)
-    found = ppo.estimate_advantages(trajectory, scores, ppo.shape(batch, trajectory, scores))
+    scores = ppo.rollouts.score(batch, trajectory)
+    shaped = ppo.rollouts.shape(trajectory, scores, ppo.progress.moments)
+    found = ppo.estimate_advantages(trajectory, scores, shaped)
     head, backbone = ppo.policy.value_head, ppo.policy.backbone
     assert head is not None and set(trajectory.finished_B.tolist()) == {True, False}
     for row, (prompt, answer) in enumerate(zip(trajectory.prompts(), trajectory.responses(), strict=True)):
@@ -159,7 +160,7 @@ def test_V10_the_terms_of_ppo_are_divided_once(tmp_path: Path) -> None:
     experience = experience_of(ppo)
     trajectory, mask = experience.trajectory, experience.trajectory.response_mask_BR
     count = int(mask.sum())
-    batches, loss = ppo._micro_batches(experience), ppo._loss(experience)
+    batches, loss = ppo.updates.micro_batches(experience), ppo.loss(experience)
     assert len(batches) > 3
     found = sum(float(loss(batch).loss.detach()) for batch in batches)
     # The policy has not moved: every ratio is 1, so the policy term is minus the mean advantage.

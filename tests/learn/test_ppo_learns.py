@@ -29,6 +29,7 @@ from rlhf.recipes.ppo import PPO, run_ppo
 from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.resume import resume_run
 from rlhf.recipes.reward import RewardConfig, run_reward
+from rlhf.recipes.rollouts import OnlineParts
 from rlhf.recipes.sft import SFTConfig, run_sft
 from rlhf.rewards.protocol import CombinedReward, RewardFunction, RewardTerm
 
@@ -98,21 +99,13 @@ class Bench:
             for parameter in get_lora_parameters(backbone.model, "policy"):
                 parameter.copy_(0.45 * torch.randn(parameter.shape, generator=generator))
         backbone.train_only(["policy"])
-        self.policy, self.reference = (
-            Policy(backbone, "policy", ValueHead(backbone.width, config.ppo.value_head)),
-            Reference(backbone, None),
-        )
-        self.encoder = ChatEncoder(backbone.tokenizer)
-        examples = [PromptExample(self.encoder.prompt_ids(text), text, {}) for text in prompts(24)]
+        self.policy = Policy(backbone, "policy", ValueHead(backbone.width, config.ppo.value_head))
+        encoder = ChatEncoder(backbone.tokenizer)
+        examples = [PromptExample(encoder.prompt_ids(text), text, {}) for text in prompts(24)]
+        rewards = CombinedReward([RewardTerm("reward", reward)])
         self.run = Run.create("ppo", config, config.run)
         self.ppo = PPO(
-            config,
-            self.run,
-            self.policy,
-            self.reference,
-            CombinedReward([RewardTerm("reward", reward)]),
-            examples,
-            self.encoder,
+            config, self.run, OnlineParts(self.policy, Reference(backbone, None), rewards, examples, encoder)
         )
 
     def train(self) -> Path:
@@ -173,12 +166,13 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path: Path, base:
         ppo = bench.ppo
         batch = ppo.next_prompts()
         trajectory = ppo.sample(batch)
-        scores = ppo.score(batch, trajectory)
-        experience = ppo.estimate_advantages(trajectory, scores, ppo.shape(batch, trajectory, scores))
-        ppo.trainer.step(ppo._micro_batches(experience), ppo._loss(experience))
+        scores = ppo.rollouts.score(batch, trajectory)
+        shaped = ppo.rollouts.shape(trajectory, scores, ppo.progress.moments)
+        experience = ppo.estimate_advantages(trajectory, scores, shaped)
+        ppo.updates.trainer.step(ppo.updates.micro_batches(experience), ppo.loss(experience))
         bench.run.finish()
-        assert (len(ppo._micro_batches(experience)) == 1) == (tokens > 1000)
-        return {name: p.grad for name, p in ppo.trainer.parameters.items() if p.grad is not None}
+        assert (len(ppo.updates.micro_batches(experience)) == 1) == (tokens > 1000)
+        return {name: p.grad for name, p in ppo.updates.trainer.parameters.items() if p.grad is not None}
 
     whole, parts = gradients("whole", 10_000), gradients("parts", 45)
     assert whole.keys() == parts.keys() and len(whole) == 30
@@ -191,7 +185,7 @@ def test_values_behind_cut_off_answers_and_recomputed_quantities(tmp_path: Path,
     bench = Bench(base, config)
     torch.nn.init.normal_(bench.policy.value_head.last.weight)  # type: ignore[union-attr]
     trajectory = bench.ppo.sample(bench.ppo.next_prompts())
-    again = bench.ppo.recomputed(trajectory)
+    again = bench.ppo.rollouts.recomputed(trajectory, logprobs=True)
     assert trajectory.values_BR is not None and again.values_BR is not None
     torch.testing.assert_close(again.values_BR, trajectory.values_BR, atol=1e-3, rtol=1e-4)
     behind = bench.ppo._values_after_end(trajectory)
@@ -226,9 +220,9 @@ def test_a_reward_model_is_followed_and_neither_it_nor_the_reference_moves(
     ids, mask = torch.tensor([[14, 3, 8, 5, 1]]), torch.ones(1, 5, dtype=torch.bool)
 
     def outputs(ppo: PPO) -> list[torch.Tensor]:
-        model = ppo.reward.terms[0].function.model  # type: ignore[attr-defined]
+        model = ppo.rollouts.parts.reward.terms[0].function.model  # type: ignore[attr-defined]
         with torch.no_grad():
-            return [model(ids, mask), ppo.reference.logprobs(ids, mask, mask[:, 2:], 1.0)]
+            return [model(ids, mask), ppo.rollouts.parts.reference.logprobs(ids, mask, mask[:, 2:], 1.0)]
 
     original: Callable[[PPO], object] = PPO.train
 
@@ -247,7 +241,7 @@ def test_a_reward_model_is_followed_and_neither_it_nor_the_reference_moves(
     for then, now in zip(before, outputs(ppo), strict=True):
         assert torch.equal(then, now)
     moved = ppo.policy.backbone.hidden(ids, adapter=ppo.policy.adapter)
-    reference = ppo.reference.backbone.hidden(ids, adapter=ppo.reference.adapter)
+    reference = ppo.rollouts.parts.reference.backbone.hidden(ids, adapter=ppo.rollouts.parts.reference.adapter)
     assert not torch.allclose(moved, reference, atol=1e-2)
 
 

@@ -1,4 +1,4 @@
-"""What a PPO run carries from one optimizer step to the next, and how a checkpoint holds it.
+"""What PPO and GRPO carry from one optimizer step to the next, and how a checkpoint holds it.
 
 A checkpoint between iterations holds no experience. One inside an iteration holds the experience that is being learnt
 from, what the iteration's line of the log needs besides, and how many of its updates are done.
@@ -25,25 +25,32 @@ from rlhf.rollout.trajectory import Experience, Trajectory
 
 @dataclass(frozen=True)
 class Rollout:
-    """What an iteration sampled and made of it: to learn from, and to report."""
+    """What an iteration sampled and made of it: to learn from, and to report.
+
+    `metrics` are those of the iteration's line of the log that only the recipe knows of.
+    """
 
     experience: Experience
     scores: Scores
     shaped: ShapedScores
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Progress:
     """What changes besides weights and optimizer; all of it is in a checkpoint.
 
-    `step` counts finished iterations. `rollout` is what the inner epochs under way learn from, None between iterations,
-    and `updates` are the optimizer steps made from it so far. `recompute`: log-probs of generation were found far off.
+    `step` counts finished iterations, `prompts` the prompts drawn so far where an iteration draws as many as it needs
+    (PPO's number is fixed: the step stands for it). `rollout` is what the inner epochs under way learn from, None
+    between iterations, and `updates` are the optimizer steps made from it so far. `recompute`: log-probs of generation
+    were found far off.
     """
 
     step: int
     kl: KLController
     moments: RunningMoments
     tokens: int = 0
+    prompts: int = 0
     first_length: float | None = None
     recompute: bool = False
     rollout: Rollout | None = None
@@ -53,7 +60,7 @@ class Progress:
 def save_state(run: Run, trainer: Trainer, progress: Progress) -> Path:
     """Write weights, critic, optimizer, schedule, KL coefficient, running moments, counters, generators and rollout.
 
-    Prompt order and sampling noise are functions of seed and step, so the step number stands for them.
+    Prompt order and sampling noise are functions of seed, step and prompts drawn, so numbers stand for them.
     """
     optimizer, plain = trainer.state()
     tensors = {"weights": {name: p.detach() for name, p in trainer.parameters.items()}, "optimizer": optimizer}
@@ -63,6 +70,7 @@ def save_state(run: Run, trainer: Trainer, progress: Progress) -> Path:
         "kl_coefficient": progress.kl.coefficient,
         "moments": asdict(progress.moments),
         "tokens": progress.tokens,
+        "prompts": progress.prompts,
         "first_length": progress.first_length,
         "recompute": progress.recompute,
     }
@@ -83,6 +91,7 @@ def load_state(checkpoint: Checkpoint, trainer: Trainer, progress: Progress, dev
     progress.kl = replace(progress.kl, coefficient=state["kl_coefficient"])
     progress.moments = RunningMoments(**state["moments"])
     progress.tokens, progress.first_length = state["tokens"], state["first_length"]
+    progress.prompts = state.get("prompts", 0)  # of a PPO run that was begun before these were counted
     progress.recompute = state["recompute"]
     if "rollout" in state:
         on_device = {name: tensor.to(device) for name, tensor in checkpoint.tensors("rollout").items()}
@@ -101,6 +110,7 @@ def _taken_apart(rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "trajectory": {name: value for name, value in trajectory.items() if not isinstance(value, Tensor)},
         "scores": asdict(rollout.scores),
         "shaping_metrics": rollout.shaped.metrics,
+        "metrics": rollout.metrics,
     }
     return tensors, plain
 
@@ -114,4 +124,5 @@ def _put_together(tensors: dict[str, Tensor], plain: dict[str, Any]) -> Rollout:
         Experience(trajectory, **below("experience.")),
         Scores(**plain["scores"]),
         ShapedScores(tensors["shaped_scores_B"], plain["shaping_metrics"]),
+        plain.get("metrics", {}),
     )

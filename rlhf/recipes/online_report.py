@@ -1,4 +1,4 @@
-"""The metrics of one PPO iteration; every mean is over responses or over response tokens, padding never counts."""
+"""The metrics of an iteration of PPO or GRPO; means are over responses or response tokens, padding never counts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rlhf.algo.kl import clamped_share
 from rlhf.algo.trainer import StepReport, Trainer, mean_loss, mean_reports, taken
 from rlhf.infra.experiment import Run
 from rlhf.infra.profiling import PhaseTimer, peak_memory_mb, per_second
-from rlhf.recipes.ppo_state import Progress, Rollout
+from rlhf.recipes.online_state import Progress, Rollout
 from rlhf.rollout.trajectory import Experience
 
 
-class PPOReport:
+class OnlineReport:
     """Turns what an iteration produced into one line of the log; `last` is the line before."""
 
     def __init__(self, run: Run, timer: PhaseTimer) -> None:
@@ -24,7 +24,7 @@ class PPOReport:
     def log(self, progress: Progress, rollout: Rollout, updates: Sequence[StepReport], trainer: Trainer) -> None:
         experience = rollout.experience
         line = reward_metrics(rollout) | rollout.shaped.metrics | text_metrics(experience, progress)
-        line |= value_metrics(experience) | mean_reports(updates)
+        line |= advantage_metrics(experience) | value_metrics(experience) | rollout.metrics | mean_reports(updates)
         line |= {
             "kl/coefficient": progress.kl.coefficient,
             # The first update is made by the policy that sampled: its ratio is 1 but for rounding.
@@ -91,18 +91,30 @@ def text_metrics(experience: Experience, progress: Progress) -> dict[str, float]
     }
 
 
-def value_metrics(experience: Experience) -> dict[str, float]:
-    """Advantages before whitening (return minus value), values, returns, and how much of the returns values explain."""
+def advantage_metrics(experience: Experience) -> dict[str, float]:
+    """Advantages over response tokens: before whitening (return minus value) where there is a critic."""
     mask_BR = experience.trajectory.response_mask_BR
-    returns_M, values_M = experience.returns_BR[mask_BR], experience.values_BR[mask_BR]
-    raw_M = returns_M - values_M
-    variance = float(returns_M.var()) if returns_M.numel() > 1 else 0.0
-    error = float(raw_M.var()) if raw_M.numel() > 1 else 0.0
+    raw_M = experience.advantages_BR[mask_BR]
+    if experience.values_BR is not None and experience.returns_BR is not None:
+        raw_M = experience.returns_BR[mask_BR] - experience.values_BR[mask_BR]
     return {
         "advantage/mean": _mean(raw_M),
         "advantage/std": _std(raw_M),
         "advantage/min": float(raw_M.min()),
         "advantage/max": float(raw_M.max()),
+    }
+
+
+def value_metrics(experience: Experience) -> dict[str, float]:
+    """Values, returns, and how much of the returns values explain; nothing where there is no critic."""
+    if experience.values_BR is None or experience.returns_BR is None:
+        return {}
+    mask_BR = experience.trajectory.response_mask_BR
+    returns_M, values_M = experience.returns_BR[mask_BR], experience.values_BR[mask_BR]
+    error_M = returns_M - values_M
+    variance = float(returns_M.var()) if returns_M.numel() > 1 else 0.0
+    error = float(error_M.var()) if error_M.numel() > 1 else 0.0
+    return {
         "value/mean": _mean(values_M),
         "value/return_mean": _mean(returns_M),
         "value/explained_variance": 1 - error / variance if variance > 0 else 0.0,

@@ -1,0 +1,175 @@
+"""From prompts to scored answers: what PPO and GRPO do in an iteration before anything is learnt.
+
+`Rollouts` draws answers by the current policy, asks the rewards and the reference about them, and shapes the scores.
+What is drawn is a function of weights, seed, step and prompts, so nothing here needs to be in a checkpoint.
+Legend: B sequences, R response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf.data.chat import ChatEncoder
+from rlhf.data.order import epoch_order
+from rlhf.data.prompt_dataset import PromptDataset, PromptExample, gather_columns
+from rlhf.infra.determinism import derive_seed, seed_everything
+from rlhf.infra.errors import UserError
+from rlhf.infra.experiment import Run
+from rlhf.infra.profiling import PhaseTimer
+from rlhf.models.decoding import text_before_stop
+from rlhf.models.policy import Policy
+from rlhf.models.reference import Reference
+from rlhf.recipes.online_config import OnlineConfig
+from rlhf.recipes.sft import announce
+from rlhf.recipes.stages import build_reward, start_policy
+from rlhf.rewards.detectors import refusal_flags, repetition_share
+from rlhf.rewards.protocol import CombinedReward, Scores
+from rlhf.rewards.shaping import RunningMoments, ShapedScores, shape_scores
+from rlhf.rollout.sampler import Sampler
+from rlhf.rollout.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class OnlineParts:
+    """Models, reward and prompts, loaded and found usable; `report` says which rows became prompts."""
+
+    policy: Policy
+    reference: Reference
+    reward: CombinedReward
+    prompts: Sequence[PromptExample]
+    encoder: ChatEncoder
+    report: str = ""
+
+
+def prepare_online(
+    config: OnlineConfig,
+    device: torch.device,
+    rejected_rows: Path,
+    value_head: Literal["linear", "mlp"] | None = None,
+    value_adapter: bool = False,
+) -> OnlineParts:
+    """Policy, reference and (where asked for) critic on one base, the rewards, and the prompts."""
+    start = start_policy(config.policy, config.model, config.run, device, value_head, value_adapter)
+    backbone = start.policy.backbone
+    encoder = ChatEncoder(backbone.tokenizer, config.data.system_prompt)
+    prompts, _ = PromptDataset.load(config.data, encoder, rejected_rows)
+    reward = build_reward(
+        config.rewards, config.reward_model, config.run.output_dir, backbone, config.data.system_prompt
+    )
+    # Loading a reward adapter onto the shared base must not leave it trainable.
+    if start.policy.adapter is not None:
+        backbone.train_only(
+            [start.policy.adapter, *([start.policy.value_adapter] if start.policy.value_adapter else [])]
+        )
+    return OnlineParts(start.policy, start.reference, reward, prompts.examples, encoder, str(prompts.report))
+
+
+def announce_online(config: OnlineConfig, run: Run, parts: OnlineParts) -> None:
+    """Say what was loaded, and warn where samples are not drawn from the distribution that they are scored with."""
+    announce(run, parts.policy.backbone, parts.report)
+    if config.generation.top_p < 1 or config.generation.top_k:
+        run.logger.info(
+            "top_p or top_k cuts the distribution that answers are drawn from, but they are scored with the whole one: "
+            "the ratios are biased by policy/truncated_mass"
+        )
+
+
+class Rollouts:
+    """Answers by the current policy, and what rewards and reference say of them."""
+
+    def __init__(self, config: OnlineConfig, run: Run, parts: OnlineParts, timer: PhaseTimer) -> None:
+        if not parts.prompts:
+            raise UserError("there is no prompt to sample answers for; give a prompt set with at least one row")
+        self.config, self.run, self.parts, self.timer = config, run, parts, timer
+        self.sampler = Sampler(parts.policy, config.generation, parts.encoder.stop_token_ids)
+
+    def prompts(self, start: int, count: int) -> list[PromptExample]:
+        """Prompts number `start` and following: epochs over the set, each in an order that only the seed decides."""
+        prompts, wanted = self.parts.prompts, []
+        for position in range(start, start + count):
+            epoch, place = divmod(position, len(prompts))
+            wanted.append(prompts[epoch_order(len(prompts), self.run.config.seed, epoch)[place]])
+        return wanted
+
+    def sample(self, batch: Sequence[PromptExample], step: int, *, recompute: bool, part: int = 0) -> Trajectory:
+        """Answers with log-probabilities and values from the forward that drew them, or from one of the trainer's.
+
+        A prompt that stands in the batch several times gets as many different answers. `part` numbers the batches of
+        one step: the same prompt in another part gets others again.
+        """
+        seed, names = self.run.config.seed, [step, part] if part else [step]
+        seed_everything(derive_seed(seed, self.run.info["recipe"], *names))
+        with self.timer("generate"):
+            self.sampler.weights_version = step
+            prompt_ids = [example.prompt_ids for example in batch]
+            trajectory = self.sampler.sample(prompt_ids, derive_seed(seed, "rollout", *names))
+            lacks_values = self.parts.policy.value_head is not None and trajectory.values_BR is None
+            if recompute or lacks_values:
+                trajectory = self.recomputed(trajectory, logprobs=recompute)
+        return trajectory
+
+    def score(self, batch: Sequence[PromptExample], trajectory: Trajectory) -> Scores:
+        """What the rewards say of every answer."""
+        with self.timer("score"):
+            columns = gather_columns(batch) | {
+                "prompt_ids": trajectory.prompts(),
+                "completion_ids": trajectory.responses(),
+                "finished": trajectory.finished_B.tolist(),
+            }
+            return self.parts.reward([example.prompt for example in batch], self.texts(trajectory), columns)
+
+    def texts(self, trajectory: Trajectory) -> list[str]:
+        """The answers as rewards and people read them: without special tokens and stop strings."""
+        stop = self.config.generation.stop
+        return [text_before_stop(text, stop) for text in self.parts.encoder.decode_batch(trajectory.responses())]
+
+    def shape(self, trajectory: Trajectory, scores: Scores, moments: RunningMoments) -> ShapedScores:
+        """Normalise and clip the scores, subtract the penalties; `moments` take the scores in."""
+        completions = self.texts(trajectory)
+        device = trajectory.response_ids_BR.device
+        return shape_scores(
+            torch.tensor(scores.total, device=device),
+            trajectory,
+            self.config.shaping,
+            moments,
+            torch.tensor([repetition_share(text) for text in completions], device=device),
+            torch.tensor(refusal_flags(completions), device=device),
+        )
+
+    def reference_logprobs(self, trajectory: Trajectory) -> Tensor:
+        """Log-probabilities (B, R) of the answers under the reference."""
+
+        def of_part(part: Trajectory) -> Tensor:
+            return self.parts.reference.logprobs(
+                part.input_ids_BT, part.attention_mask_BT, part.response_mask_BR, part.temperature
+            )
+
+        with self.timer("reference"):
+            return self.in_parts(trajectory, of_part)
+
+    @torch.no_grad()
+    def recomputed(self, trajectory: Trajectory, *, logprobs: bool) -> Trajectory:
+        """Values, and with `logprobs` the old log-probabilities too, from one forward of the trainer."""
+
+        def statistics(part: Trajectory) -> Tensor:
+            now = self.parts.policy.response_statistics(
+                part.input_ids_BT, part.attention_mask_BT, part.response_mask_BR, part.temperature
+            )
+            return torch.stack([now.logprobs_BR] if now.values_BR is None else [now.logprobs_BR, now.values_BR])
+
+        found = self.in_parts(trajectory, statistics)
+        return replace(
+            trajectory,
+            logprobs_BR=found[0] if logprobs else trajectory.logprobs_BR,
+            values_BR=found[1] if len(found) > 1 else None,
+        )
+
+    def in_parts(self, trajectory: Trajectory, function: Callable[[Trajectory], Tensor]) -> Tensor:
+        """Passes without gradients, which take twice the tokens."""
+        return trajectory.in_parts(2 * self.config.updates.max_tokens_per_micro_batch, function)
