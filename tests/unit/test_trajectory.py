@@ -70,7 +70,14 @@ def test_select_takes_rows_and_leaves_common_padding_behind() -> None:
 def test_select_of_an_experience_narrows_every_column_alike() -> None:
     trajectory, grid = small(), torch.arange(12.0).view(3, 4)
     experience = Experience(
-        trajectory, grid, grid + 100, grid + 200, grid + 300, grid + 400, torch.arange(3.0), torch.arange(3.0) + 10
+        trajectory,
+        reference_logprobs_BR=grid,
+        rewards_BR=grid + 100,
+        values_BR=grid + 200,
+        advantages_BR=grid + 300,
+        returns_BR=grid + 400,
+        scores_B=torch.arange(3.0),
+        kl_B=torch.arange(3.0) + 10,
     )
     part = experience.select(torch.tensor([2, 0]))
     assert len(part) == 2
@@ -81,8 +88,11 @@ def test_select_of_an_experience_narrows_every_column_alike() -> None:
         (300, part.advantages_BR),
         (400, part.returns_BR),
     ):
+        assert column is not None
         assert column.tolist() == [[offset + 8, offset + 9, offset + 10], [offset, offset + 1, offset + 2]]
     assert part.scores_B.tolist() == [2, 0] and part.kl_B.tolist() == [12, 10]
+    without_critic = replace(experience, values_BR=None, returns_BR=None).select(torch.tensor([2, 0]))
+    assert without_critic.values_BR is None and torch.equal(without_critic.advantages_BR, part.advantages_BR)
     assert part.trajectory.responses() == [[1], [11, 12, 1]]
 
 
