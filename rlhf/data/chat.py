@@ -176,6 +176,24 @@ class ChatEncoder:
         starts = self._starts(prompts)
         return self._prompt_ids(prompts, starts), [self._response_ids(prompts, starts, one) for one in answers]
 
+    def step_ids_batch(
+        self, prompts: Sequence[Prompt], solutions: Sequence[Sequence[str]], separator: str
+    ) -> list[list[list[int]]]:
+        """Return, for every solution, the ids of each of its steps, each ending with the ids of the separator.
+
+        Steps and separator are tokenised apart, so that the last token of a step is the same whatever the step says.
+        No stop token follows the last step: the step is over with its separator.
+        """
+        starts = self._starts(prompts)
+        texts = [
+            _spaced(start, step) if place == 0 else step
+            for start, steps in zip(starts, solutions, strict=True)
+            for place, step in enumerate(steps)
+        ]
+        ending = self._encode_continuation([separator])[0] if separator else []
+        encoded = iter(self._encode_continuation(texts))
+        return [[[*next(encoded), *ending] for _ in steps] for steps in solutions]
+
     def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
         """Return `decode` of every row."""
         stops = set(self.stop_token_ids)  # an end-of-turn token need not be flagged as special

@@ -143,6 +143,25 @@ class InstructionDataConfig(DataConfig):
         return idle
 
 
+class StepDataConfig(SourceConfig):
+    """A source whose rows are worked solutions with a label for every step."""
+
+    max_length: int = Field(default=512, ge=2, description="longest prompt + solution kept, in tokens")
+    overlong: Literal["cut_steps", "drop"] = Field(
+        default="cut_steps", description="above max_length: leave out the last steps, or the whole row"
+    )
+    separator: str = Field(
+        default="\n", description="written behind every step; its last token is where the step is scored"
+    )
+    neutral: Literal["right", "wrong", "ignore"] = Field(
+        default="right", description="what a neutral step counts as (PRM800K's 0); ignore leaves it out of the loss"
+    )
+    soft_labels: Literal["keep", "harden"] = Field(
+        default="keep",
+        description="labels between 0 and 1 (shares of right completions): as they are, or 1 where above 0",
+    )
+
+
 class PromptDataConfig(SourceConfig):
     """Rows whose prompts are answered by the policy."""
 

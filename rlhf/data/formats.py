@@ -8,8 +8,12 @@
 | chosen, rejected | implicit_preference (HH dialogues, TRL implicit prompt) | PreferenceRow |
 | prompt, completions, labels | stepwise (TRL) | StepRow |
 | question, process, labels | marked_steps (PRM800K as in openr) | StepRow |
+| question, process, label | marked_step (one step of it alone) | StepRow |
+| labeler, question, label | prm800k (as published) | StepRow per judged path |
+| question, reasoning_steps | math_aps (prefixes with Monte-Carlo values) | StepRow per path |
 | input, label, task | math_shepherd | StepRow |
 | input, steps, mistake_index | first_mistake (BIG-Bench Mistake) | StepRow |
+| problem, steps, label | process_bench (index of the first mistake, -1: none) | StepRow |
 | messages, label | labelled_messages | LabelledRow |
 | prompt, completion, label | labelled_completion (TRL) | LabelledRow |
 | instruction, output, tag (input, system) | labelled_alpaca | LabelledRow |
@@ -26,13 +30,14 @@
 | prompt | prompt_only | PromptRow |
 | text | text | TextRow |
 
-The first line of the table whose columns are all there wins; other columns travel along in `columns`. A `str` prompt
+The first line of the table whose columns are all there wins; other columns travel along in `columns`. Step labels are
+1, true or + for right, 0, false, - or -1 for wrong; in a file that holds -1, 0 is neutral. A `str` prompt
 under "prompt" stays raw text; instructions and questions become a user message, because that is what they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +61,22 @@ from rlhf.data.rows import (
     Prompt,
     PromptRow,
     Row,
+    StepLabel,
     StepRow,
     TextRow,
     prompt_key,
 )
-from rlhf.data.step_formats import first_mistake, marked_steps, math_shepherd, stepwise
+from rlhf.data.step_formats import (
+    aps_paths,
+    first_mistake,
+    marked_step,
+    marked_steps,
+    math_shepherd,
+    prm800k_paths,
+    process_bench,
+    stepwise,
+    with_neutral,
+)
 from rlhf.infra.errors import UserError
 
 __all__ = [
@@ -74,6 +90,7 @@ __all__ = [
     "Prompt",
     "PromptRow",
     "Row",
+    "StepLabel",
     "StepRow",
     "TextRow",
     "UnusableRowError",
@@ -91,7 +108,8 @@ __all__ = [
 class Format:
     """A named set of columns and the function that makes a canonical row of one raw row.
 
-    `also_used` are optional columns the converter reads; `expand` makes several raw rows of one before converting.
+    `also_used` are optional columns the converter reads; `expand` makes several raw rows of one before converting;
+    `over_file` settles what only the whole file can tell.
     """
 
     name: str
@@ -99,6 +117,7 @@ class Format:
     to_row: Callable[[Fields, Columns], Row]
     also_used: tuple[str, ...] = ()
     expand: Callable[[Fields], list[Fields]] | None = None
+    over_file: Callable[[Sequence[Fields]], list[Fields]] | None = None
 
     def convert(self, fields: Fields) -> list[Row]:
         """Return the canonical rows of one raw row; raises MalformedRowError or UnusableRowError."""
@@ -135,7 +154,8 @@ def as_instruction(row: Row) -> InstructionRow | TextRow | None:
     if isinstance(row, LabelledRow):
         return InstructionRow(row.prompt, row.completion, row.columns) if row.label else None
     if isinstance(row, StepRow):
-        return InstructionRow(row.prompt, "\n".join(row.completions), row.columns) if all(row.labels) else None
+        is_right = all(label == 1 for label in row.labels)
+        return InstructionRow(row.prompt, "\n".join(row.completions), row.columns) if is_right else None
     return None if isinstance(row, PromptRow) else row
 
 
@@ -307,15 +327,20 @@ def _with_system(fields: Fields, messages: list[Message]) -> list[Message]:
 
 
 _ALPACA_EXTRAS = ("input", "system")
+_STEPWISE = ("prompt", "completions", "labels")
 FORMATS: tuple[Format, ...] = (
     Format("sharegpt_preference", ("conversations", "chosen", "rejected"), _sharegpt_preference, ("system", "margin")),
     Format("alpaca_preference", ("instruction", "chosen", "rejected"), _alpaca_preference, (*_ALPACA_EXTRAS, "margin")),
     Format("prompt_preference", ("prompt", "chosen", "rejected"), _prompt_preference, ("margin",)),
     Format("implicit_preference", ("chosen", "rejected"), _implicit_preference, ("margin",)),
-    Format("stepwise", ("prompt", "completions", "labels"), stepwise),
-    Format("marked_steps", ("question", "process", "labels"), marked_steps),
+    Format("stepwise", ("prompt", "completions", "labels"), stepwise, over_file=with_neutral),
+    Format("marked_steps", ("question", "process", "labels"), marked_steps, over_file=with_neutral),
+    Format("marked_step", ("question", "process", "label"), marked_step, over_file=with_neutral),
+    Format("prm800k", ("labeler", "question", "label"), stepwise, _STEPWISE, prm800k_paths),
+    Format("math_aps", ("question", "reasoning_steps"), stepwise, _STEPWISE, aps_paths),
     Format("math_shepherd", ("input", "label", "task"), math_shepherd),
     Format("first_mistake", ("input", "steps", "mistake_index"), first_mistake),
+    Format("process_bench", ("problem", "steps", "label"), process_bench),
     Format("labelled_messages", ("messages", "label"), _labelled("label", _messages)),
     Format("labelled_completion", ("prompt", "completion", "label"), _labelled("label", _completion)),
     Format("labelled_alpaca", ("instruction", "output", "tag"), _labelled("tag", _alpaca), _ALPACA_EXTRAS),

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.data.data_config import SourceConfig
 from rlhf.data.dialogue import is_hh_prompt, parse_hh_dialogue
@@ -17,6 +17,7 @@ from rlhf.data.reading import RawRow, RawRows, read_rows
 from rlhf.data.rows import Prompt, Row, TextRow, prompt_key
 from rlhf.infra.errors import UserError
 
+WorldRows = Literal["pairs", "prompts", "steps"]
 # How much of the built-in world is written when max_samples does not say.
 _TINYCHAT_ROWS, _TINYCHAT_VALIDATION_ROWS = 4_000, 400
 
@@ -31,16 +32,16 @@ class LoadedRows:
 
 
 def load_splits(
-    config: SourceConfig, rejected_rows: Path | None = None, prompts_only: bool = False
+    config: SourceConfig, rejected_rows: Path | None = None, world: WorldRows = "pairs"
 ) -> tuple[LoadedRows, LoadedRows | None]:
     """Return training and validation rows; None for validation when the config asks for none.
 
     Validation comes from named files or a named split, else from the training rows by prompt: no prompt stands on both
     sides. Malformed rows go to `rejected_rows`; where one source is cut in two its counts stand on the training side.
-    `prompts_only` spares the built-in world writing and judging answers.
+    `world` says which of its rows the built-in world writes, where that is the source.
     """
     if config.is_tinychat:
-        train = _tinychat(config, "train", config.max_samples or _TINYCHAT_ROWS, prompts_only)
+        train = _tinychat(config, "train", config.max_samples or _TINYCHAT_ROWS, world)
     else:
         train = load_rows(config, config.source, config.split, rejected_rows)
     if config.validation_files or config.validation_split is not None:
@@ -51,7 +52,7 @@ def load_splits(
         return train, None
     if config.is_tinychat:
         num = config.max_validation_samples or _TINYCHAT_VALIDATION_ROWS
-        return train, _tinychat(config, "validation", num, prompts_only)
+        return train, _tinychat(config, "validation", num, world)
     prompts = [row.text if isinstance(row, TextRow) else row.prompt for row in train.rows]
     kept, held = split_by_prompt(prompts, config.validation_fraction, config.split_seed)
     return (
@@ -78,6 +79,9 @@ def _converted(raw: RawRows, config: SourceConfig) -> LoadedRows:
     skipped: Counter[str] = Counter()
     for part in _by_file(_renamed(raw.rows, config.columns)):
         kind = _format_of(part)
+        if kind.over_file is not None:
+            settled = kind.over_file([one.fields for one in part])
+            part = [one._replace(fields=fields) for one, fields in zip(part, settled, strict=True)]
         for one in part:
             try:
                 converted = kind.convert(one.fields)
@@ -90,11 +94,15 @@ def _converted(raw: RawRows, config: SourceConfig) -> LoadedRows:
     return LoadedRows(rows, len(raw.rejected), dict(skipped))
 
 
-def _tinychat(config: SourceConfig, split: str, num: int, prompts_only: bool) -> LoadedRows:
+def _tinychat(config: SourceConfig, split: str, num: int, world: WorldRows) -> LoadedRows:
     from rlhf.data import tinychat  # here, because its judge brings a sandbox along
 
-    make = tinychat.prompt_rows if prompts_only else tinychat.preference_pairs
-    return rows_from_memory(make(split, num, config.split_seed), config, name="tinychat")
+    seed = config.split_seed
+    if world == "pairs":
+        rows = tinychat.preference_pairs(split, num, seed)
+    else:
+        rows = tinychat.prompt_rows(split, num, seed) if world == "prompts" else tinychat.step_rows(split, num, seed)
+    return rows_from_memory(rows, config, name="tinychat")
 
 
 def split_by_prompt(prompts: Sequence[Prompt], fraction: float, seed: int) -> tuple[list[int], list[int]]:

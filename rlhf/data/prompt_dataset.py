@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.data.chat import ChatEncoder
 from rlhf.data.data_config import PromptDataConfig
 from rlhf.data.formats import as_prompt
-from rlhf.data.loading import LoadedRows
+from rlhf.data.loading import LoadedRows, WorldRows
 from rlhf.data.rows import Columns, Prompt, Row, prompt_key
 from rlhf.data.token_dataset import Dropped, Kept, TokenDataset
 
@@ -32,7 +32,7 @@ class PromptDataset(TokenDataset[PromptExample, PromptDataConfig]):
     """
 
     needs = "prompts"
-    prompts_only = True
+    world: WorldRows = "prompts"
 
     def __init__(self, rows: Sequence[Row] | LoadedRows, encoder: ChatEncoder, config: PromptDataConfig) -> None:
         self._seen: set[str] = set()

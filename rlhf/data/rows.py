@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant" | ..., "content": text}
 Prompt = str | list[Message]  # raw text, or a conversation for the chat template
@@ -58,13 +58,18 @@ class LabelledRow:
     columns: Columns = field(default_factory=dict)
 
 
+# What was said of a step: 1 right, 0 wrong, between them the share of completions that came to the right answer;
+# "neutral" is neither right nor wrong (PRM800K), None is a step nobody judged.
+StepLabel = float | Literal["neutral"] | None
+
+
 @dataclass(frozen=True)
 class StepRow:
-    """A worked solution in steps; `labels[i]` is True where step i is right."""
+    """A worked solution in steps with a label for each."""
 
     prompt: Prompt
     completions: list[str]
-    labels: list[bool]
+    labels: list[StepLabel]
     columns: Columns = field(default_factory=dict)
 
 

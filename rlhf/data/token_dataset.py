@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from rlhf.data.chat import ChatEncoder
 from rlhf.data.data_config import DataConfig, SourceConfig
-from rlhf.data.loading import LoadedRows, load_splits, split_by_prompt
+from rlhf.data.loading import LoadedRows, WorldRows, load_splits, split_by_prompt
 from rlhf.data.order import epoch_order
 from rlhf.data.rows import Prompt, Row
 from rlhf.infra.errors import UserError
@@ -70,7 +70,7 @@ class TokenDataset(ABC, Generic[ExampleT, ConfigT]):
     """
 
     needs = "rows"  # what the rows are used as, for errors
-    prompts_only = False  # whether answers in the rows would go unused
+    world: WorldRows = "pairs"  # which rows the built-in world writes for it
 
     def __init__(self, rows: Sequence[Row] | LoadedRows, encoder: ChatEncoder, config: ConfigT) -> None:
         loaded = rows if isinstance(rows, LoadedRows) else LoadedRows(list(rows), 0, {})
@@ -89,7 +89,7 @@ class TokenDataset(ABC, Generic[ExampleT, ConfigT]):
     @classmethod
     def load(cls, config: ConfigT, encoder: ChatEncoder, rejected_rows: Path | None = None) -> tuple[Self, Self | None]:
         """Read the config's data and return (training, validation); None when no validation is asked for."""
-        train, validation = load_splits(config, rejected_rows, cls.prompts_only)
+        train, validation = load_splits(config, rejected_rows, cls.world)
         # Training first: its errors are the ones to hear about.
         training = cls.from_rows(train, encoder, config)
         if validation is None:

@@ -40,7 +40,7 @@ def examine_ppo(config: PPOConfig, device: torch.device, scratch: Path, stand_in
 
     `stand_in`: the policy has not learnt yet what it will know when the run starts, such as to stop.
     """
-    subject = Subject.open(config.policy, config.model, config.data, config.run.output_dir, scratch, prompts_only=True)
+    subject = Subject.open(config.policy, config.model, config.data, config.run.output_dir, scratch, "prompts")
     prompts, finding = subject.within_length(
         PromptDataset, config.data, _num_ids, "max_prompt_length", config.generation.max_new_tokens
     )

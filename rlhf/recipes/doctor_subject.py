@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from rlhf.data.chat import ChatEncoder, prepare_tokenizer
 from rlhf.data.data_config import SourceConfig
 from rlhf.data.formats import as_instruction, as_prompt
-from rlhf.data.loading import load_splits
+from rlhf.data.loading import WorldRows, load_splits
 from rlhf.data.order import epoch_order
 from rlhf.data.rows import InstructionRow, Prompt, Row
 from rlhf.data.token_dataset import TokenDataset
@@ -60,7 +60,7 @@ class Subject:
         data: SourceConfig,
         output_dir: Path,
         scratch: Path,
-        prompts_only: bool = False,
+        world: WorldRows = "pairs",
     ) -> Subject:
         """Read tokenizer and rows as a recipe does that starts from `source`.
 
@@ -72,7 +72,7 @@ class Subject:
         template = row_checks.template_shows_answers(tokenizer)
         if template.level == "red":
             raise CannotGoOnError(template)
-        loaded, _ = load_splits(sampled(data) if data.is_tinychat else data, scratch / "rejected.jsonl", prompts_only)
+        loaded, _ = load_splits(sampled(data) if data.is_tinychat else data, scratch / "rejected.jsonl", world)
         chosen = epoch_order(len(loaded.rows), data.split_seed, epoch=0)[:NUM_ROWS]
         rows, num_rows = [loaded.rows[place] for place in chosen], data.max_samples or len(loaded.rows)
         return cls(tokenizer, ChatEncoder(tokenizer, data.system_prompt), rows, num_rows, context)

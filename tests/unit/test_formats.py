@@ -135,6 +135,13 @@ def load(name: str) -> list[Any]:
             StepRow([USER], ["a", "b"], [True, False], {"target": "c"}),
         ),
         ({"input": "Hi", "steps": ["a", "b"], "mistake_index": None}, StepRow([USER], ["a", "b"], [True, True])),
+        ({"problem": "Hi", "steps": ["a", "b", "c"], "label": 1}, StepRow([USER], ["a", "b"], [1.0, 0.0])),
+        ({"problem": "Hi", "steps": ["a", "b"], "label": -1}, StepRow([USER], ["a", "b"], [1.0, 1.0])),
+        ({"question": "Hi", "process": "Step 7: a ки", "label": 0}, StepRow([USER], ["Step 7: a"], [0.0])),
+        (
+            {"prompt": "p", "completions": ["a", "b", "c"], "labels": [0.25, None, "+"]},
+            StepRow("p", ["a", "b", "c"], [0.25, None, 1.0]),
+        ),
         ({"prompt": [USER], "task": {"id": 1}}, PromptRow([USER], {"task": {"id": 1}})),
         ({"text": "Once."}, TextRow("Once.")),
     ],
@@ -149,6 +156,81 @@ def test_one_row_of_several_instances_becomes_several() -> None:
         InstructionRow([USER], "a", {"id": 3}),
         InstructionRow([{"role": "user", "content": "Hi\n\nx"}], "b", {"id": 3}),
     ]
+
+
+# ---------------------------------------------------------------------- steps
+
+
+def stepwise(*labels: Any, steps: list[Any] | None = None) -> dict[str, Any]:
+    return {"prompt": "p", "completions": steps or ["a", "b", "c"][: len(labels)], "labels": list(labels)}
+
+
+def test_zero_is_neutral_in_a_file_that_knows_minus_one_and_wrong_in_one_that_does_not() -> None:
+    three = rows_from_memory([stepwise(1, 0), stepwise(-1, 1)], PLAIN).rows
+    assert [row.labels for row in three] == [[1.0, "neutral"], [0.0, 1.0]]
+    two = rows_from_memory([stepwise(1, 0), stepwise(0, 1)], PLAIN).rows
+    assert [row.labels for row in two] == [[1.0, 0.0], [0.0, 1.0]]
+    single = [{"question": "q", "process": "a ки", "label": label} for label in (1, 0, -1)]
+    assert [row.labels for row in rows_from_memory(single, PLAIN).rows] == [[1.0], ["neutral"], [0.0]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (stepwise(1, 0, steps=["a", "b", "c"]), "3 steps but 2 labels; expected one label for each step"),
+        (stepwise(1, 0, steps=["a", " \n"]), "step 2 is empty"),
+        (stepwise(1, 0, steps=["a", 3]), "step 2 is int '3', expected text"),
+        ({"prompt": "p", "completions": [], "labels": []}, "no steps"),
+        ({"prompt": "p", "completions": "a", "labels": [1]}, "not both lists"),
+        (stepwise(1, 7), "a label is int '7', expected true or false"),
+        (stepwise(1, 1.5), "a label is float '1.5', expected true or false"),
+        ({"input": "q", "steps": ["a"], "mistake_index": 1}, "mistake_index is 1, expected none or 0 to 0"),
+        ({"problem": "q", "steps": ["a"], "label": True}, "label is True"),
+        ({"question": "q", "process": "a ки b", "labels": [1]}, "2 steps but 1 labels"),
+        ({"input": "q Step 1: a ки", "label": "q Step 1: a", "task": "t"}, "step 1 has no . or - in label"),
+        ({"labeler": 1, "question": "q", "label": {}}, "not the objects of PRM800K"),
+        ({"labeler": 1, "question": {}, "label": {"steps": [{"completions": []}]}}, "not as in PRM800K: KeyError"),
+        ({"question": "q", "reasoning_steps": [{"solution_prefix": "x", "mc_value": 1}]}, "begin with the question"),
+    ],
+)
+def test_malformed_steps_are_told_in_one_sentence(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        rows_from_memory([row], PLAIN)
+
+
+def test_prm800k_gives_the_chosen_path_and_every_other_candidate_once() -> None:
+    def step(chosen: int | None, *rated: tuple[str, int | None], human: str | None = None) -> dict[str, Any]:
+        completions = [{"text": text, "rating": rating, "flagged": False} for text, rating in rated]
+        written = None if human is None else {"text": human, "rating": None}
+        return {"completions": completions, "human_completion": written, "chosen_completion": chosen}
+
+    steps = [step(0, ("a", 1)), step(None, ("b", -1), ("c", 0), human="d"), step(1, ("e", None), ("f", 0)), step(None)]
+    raw = {"labeler": "x", "question": {"problem": "Hi", "ground_truth_answer": "29"}, "label": {"steps": steps}}
+    columns = {"ground_truth_answer": "29"}
+    assert rows_from_memory([raw], PLAIN).rows == [
+        StepRow([USER], ["a", "d", "f"], [1.0, None, "neutral"], columns),
+        StepRow([USER], ["a", "b"], [None, 0.0], columns),
+        StepRow([USER], ["a", "c"], [None, "neutral"], columns),
+    ]
+    raw["label"] = {"steps": [step(None)]}
+    assert rows_from_memory([raw], PLAIN).skipped == {"no_judged_step": 1}
+
+
+def test_math_aps_gives_a_row_per_leaf_and_every_value_once() -> None:
+    values = [("", 0.5), (" a", 0.5), (" a b", 0.25), (" a b", 0.75), (" a c", 0.0), (" d ", 1.0)]
+    entries = [{"solution_prefix": f"Hi{text}", "mc_value": value} for text, value in values]
+    row = {"question": "Hi", "reasoning_steps": entries, "final_answer": "4"}
+    assert rows_from_memory([row], PLAIN).rows == [
+        StepRow([USER], ["a", "b"], [0.5, 0.5], {"final_answer": "4"}),
+        StepRow([USER], ["a", "c"], [None, 0.0], {"final_answer": "4"}),
+        StepRow([USER], ["d"], [1.0], {"final_answer": "4"}),
+    ]
+
+
+def test_only_a_wholly_right_solution_is_imitated() -> None:
+    assert as_instruction(StepRow("p", ["a", "b"], [1.0, 1.0])) == InstructionRow("p", "a\nb")
+    for labels in ([1.0, 0.9], [1.0, "neutral"], [1.0, None]):
+        assert as_instruction(StepRow("p", ["a", "b"], labels)) is None  # type: ignore[arg-type]
 
 
 def test_columns_can_be_renamed() -> None:
@@ -233,8 +315,13 @@ def test_hh_file() -> None:
         ("math/math_test_minus_math500.jsonl.gz", InstructionRow, 4500),
         ("mbpp/mbpp_minus_test.jsonl.gz", InstructionRow, 474),
         ("process_labels/prm800k_multi_step.json.gz", StepRow, 310),
+        ("process_labels/prm800k_single_step.json.gz", StepRow, 4441),
         ("process_labels/samples_math-shepherd.jsonl", StepRow, 7),
+        ("process_labels/samples_prm800k.jsonl", StepRow, 37),
+        ("process_labels/samples_math-aps.jsonl", StepRow, 124),
         ("process_labels/bbmistake_word_sorting.jsonl.gz", StepRow, 300),
+        ("process_labels/bbmistake_tracking_shuffled_objects.jsonl.gz", StepRow, 300),
+        ("process_labels/bbmistake_dyck_languages.jsonl.gz", StepRow, 986),
     ],
 )
 def test_published_files_are_read_whole(name: str, kind: type, number: int) -> None:

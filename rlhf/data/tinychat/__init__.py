@@ -5,6 +5,7 @@ from rlhf.data.tinychat.labeller import Labeller, LabellerConfig
 from rlhf.data.tinychat.quality import Candidate, QualityConfig, write_candidate
 from rlhf.data.tinychat.rows import gold_reward, preference_pairs, prompt_rows
 from rlhf.data.tinychat.schema import Task
+from rlhf.data.tinychat.steps import judge_steps, step_rows
 from rlhf.data.tinychat.tasks import make_tasks
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "QualityConfig",
     "Task",
     "gold_reward",
+    "judge_steps",
     "make_tasks",
     "preference_pairs",
     "prompt_rows",
+    "step_rows",
     "write_candidate",
 ]

@@ -91,6 +91,17 @@ def compose(spec: Spec, rng: Random, flaws: Flaws) -> str:
     return f"{_join(steps, rng)}. {closing}"
 
 
+def compose_steps(spec: Spec, rng: Random, wrong: bool) -> list[str]:
+    """Write the steps of an answer one by one, the last of them `Answer: n`; `wrong` slips in one of the equations."""
+    steps, result = _work(spec, rng, wrong)
+    return [*steps, f"Answer: {result}"]
+
+
+def results(spec: Spec) -> list[int]:
+    """The number after each operation of a problem; the last one is the answer."""
+    return _results(spec["kind"], spec["numbers"])
+
+
 def _join(steps: list[str], rng: Random) -> str:
     style = rng.randrange(5)
     if style == 0 or (len(steps) == 1 and style == 1):
