@@ -32,7 +32,8 @@ ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file of differences from the defaults.")
 ]
 Recipe = Annotated[
-    str, typer.Argument(help="pretrain, sft, rm, dpo, ppo, eval or pipeline.", show_default=False, metavar="RECIPE")
+    str,
+    typer.Argument(help="pretrain, sft, rm, prm, dpo, ppo, eval or pipeline.", show_default=False, metavar="RECIPE"),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as section.key=value.", show_default=False)]
 
@@ -62,6 +63,15 @@ def rm(config: ConfigOption = None, overrides: Overrides = None) -> None:
     from rlhf.recipes.reward import RewardConfig, run_reward
 
     _say(run_reward(load_config(RewardConfig, config, overrides or ())))
+
+
+@app.command()
+def prm(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Train a process reward model on labelled steps."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.prm import ProcessRewardConfig, run_prm
+
+    _say(run_prm(load_config(ProcessRewardConfig, config, overrides or ())))
 
 
 @app.command()

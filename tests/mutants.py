@@ -24,7 +24,10 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 ALGO = TESTS.parent / "rlhf" / "algo"
 FORMULAS = ("test_algo_golden.py", "test_algo_properties.py", "test_algo_gradients.py")
-TESTS_OF = {"trainer.py": ("test_trainer.py", "test_algo_trainer.py")}
+TESTS_OF = {
+    "trainer.py": ("test_trainer.py", "test_algo_trainer.py"),
+    "process_loss.py": ("test_process_loss.py", "test_algo_gradients.py"),
+}
 
 # file: (old text, which occurs exactly once; new text; what is wrong then)
 # fmt: off
@@ -190,6 +193,33 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("difference = chosen_rewards - rejected_rewards", "difference = rejected_rewards - chosen_rewards",
          "preference metrics: sides exchanged"),
         ("+ 0.5 * (difference == 0).float()", "+ 0.0 * (difference == 0).float()", "preference accuracy: ties"),
+    ],
+    "process_loss.py": [
+        ("logits[mask], labels[mask], reduction", "logits.flatten(), labels.flatten(), reduction",
+         "step_loss: mask ignored"),
+        ("logits[mask], labels[mask], reduction", "logits[~mask], labels[~mask], reduction", "step_loss: mask turned"),
+        ("logits[mask], labels[mask], reduction", "-logits[mask], labels[mask], reduction", "step_loss: sign"),
+        ("logits[mask], labels[mask], reduction", "logits[mask], (labels[mask] > 0).double(), reduction",
+         "step_loss: soft labels hardened"),
+        ('reduction="sum") / num_steps', 'reduction="mean")', "step_loss: mean of what is at hand"),
+        ("return num_right / num_sampled", "return num_right / (num_sampled + 1)", "soft: normaliser"),
+        ("num_sampled) > 0)", "num_sampled) > 0.5)", "hard: majority"),
+        ("num_sampled) > 0)", "num_sampled) >= 0)", "hard: always right"),
+        ("num_sampled < 1", "num_sampled < 0", "estimates: of no sample"),
+        ("not 0 <= num_right", "not -9 <= num_right", "estimates: of less than none"),
+        ("masked_fill(~mask_BS, torch.inf)", "masked_fill(~mask_BS, 0.0)", "minimum: padding counts"),
+        (".amin(dim=1)", ".amax(dim=1)", "minimum: the surest step"),
+        (".amin(dim=1).sigmoid()", ".amin(dim=1)", "minimum: a logit"),
+        ("logsigmoid(logits_BS).masked_fill(~mask_BS, 0.0)", "logsigmoid(logits_BS)", "product: padding counts"),
+        ("logsigmoid(logits_BS).masked", "logits_BS.sigmoid().masked", "product: sum of probabilities"),
+        (".sum(dim=1).exp()", ".mean(dim=1).exp()", "product: a mean"),
+        ("argmax(dim=1, keepdim=True)", "argmin(dim=1, keepdim=True)", "last: the first"),
+        ("mask_BS.long() * columns_S", "columns_S + 0 * mask_BS.long()", "last: of the padding"),
+        ("if mask_BS.shape[1] == 0 or not", "if not", "no step at all: taken"),
+        ("mask_BS.any(dim=1).all()", "mask_BS.any()", "one row without steps: taken"),
+        ('"soft": soft_estimate, "hard": hard_estimate', '"soft": hard_estimate, "hard": soft_estimate',
+         "estimates exchanged by name"),
+        ('"min": minimum, "product": product', '"min": product, "product": minimum', "aggregations exchanged by name"),
     ],
     "sft_loss.py": [
         ("-logprobs_M.sum()", "logprobs_M.sum()", "sft_loss: sign"),

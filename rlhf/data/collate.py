@@ -86,6 +86,49 @@ class PairBatch:
         return int(self.margins_B.shape[0])
 
 
+@dataclass(frozen=True)
+class StepBatch:
+    """B worked solutions, right-padded. `step_mask_BT` is True on the last token of every step, `judged_mask_BT` on
+    those that have a label; `labels_BT` is in [0, 1] there and 0 elsewhere.
+    """
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    step_mask_BT: Tensor
+    judged_mask_BT: Tensor
+    labels_BT: Tensor
+
+    def to(self, device: torch.device | str) -> StepBatch:
+        """Return the batch on `device`."""
+        return StepBatch(
+            self.input_ids_BT.to(device),
+            self.attention_mask_BT.to(device),
+            self.step_mask_BT.to(device),
+            self.judged_mask_BT.to(device),
+            self.labels_BT.to(device),
+        )
+
+
+def step_batch(
+    input_ids: Sequence[Sequence[int]],
+    ends: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[float | None]],
+    pad_token_id: int,
+) -> StepBatch:
+    """Return solutions with the places of their steps' last tokens and the steps' labels (None: not judged)."""
+    input_ids_BT = _rows(input_ids, pad_token_id, torch.long)
+    lengths_B1 = torch.tensor([[len(ids)] for ids in input_ids])
+    step_mask_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+    judged_mask_BT, labels_BT = torch.zeros_like(step_mask_BT), torch.zeros(input_ids_BT.shape)
+    for row, (places, judged) in enumerate(zip(ends, labels, strict=True)):
+        for place, label in zip(places, judged, strict=True):
+            step_mask_BT[row, place] = True
+            judged_mask_BT[row, place] = label is not None
+            labels_BT[row, place] = label or 0.0
+    attention_mask_BT = torch.arange(input_ids_BT.shape[1]) < lengths_B1
+    return StepBatch(input_ids_BT, attention_mask_BT, step_mask_BT, judged_mask_BT, labels_BT)
+
+
 def pad_right(examples: Sequence[TokenExample], pad_token_id: int) -> Batch:
     """Return the examples as rows padded on the right to the longest of them."""
     input_ids_BT = _rows([example.input_ids for example in examples], pad_token_id, torch.long)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from rlhf.data.chat import ChatEncoder
 from rlhf.data.data_config import StepDataConfig
 from rlhf.data.loading import WorldRows
 from rlhf.data.rows import Prompt, Row, StepLabel, StepRow
@@ -16,10 +17,12 @@ from rlhf.infra.errors import UserError
 class StepExample:
     """One tokenised solution: `input_ids` are prompt and steps, `ends[i]` the place of step i's last token in them.
 
-    `labels[i]` is in [0, 1], or None where the step takes no part in loss and metrics.
+    The first `prompt_length` ids are the prompt's. `labels[i]` is in [0, 1], or None where the step takes no part in
+    loss and metrics.
     """
 
     input_ids: list[int]
+    prompt_length: int
     ends: list[int]
     labels: list[float | None]
     row: StepRow
@@ -41,12 +44,13 @@ class StepDataset(TokenDataset[StepExample, StepDataConfig]):
 
     def _encode(self, rows: Sequence[Row]) -> list[Kept[StepExample] | Dropped]:
         solutions = [_solution(row) for row in rows]
-        prompts = [row.prompt for row in solutions]
-        steps = self.encoder.step_ids_batch(
-            prompts, [[tidy(step) for step in row.completions] for row in solutions], self.config.separator
+        encoded = encode_solutions(
+            self.encoder,
+            [row.prompt for row in solutions],
+            [row.completions for row in solutions],
+            self.config.separator,
         )
-        prompt_ids = self.encoder.prompt_ids_batch(prompts)
-        return [self._outcome(*parts) for parts in zip(solutions, prompt_ids, steps, strict=True)]
+        return [self._outcome(row, *ids) for row, ids in zip(solutions, encoded, strict=True)]
 
     def _outcome(self, row: StepRow, prompt_ids: list[int], step_ids: list[list[int]]) -> Kept[StepExample] | Dropped:
         labels = [self._label(label) for label in row.labels]
@@ -62,7 +66,9 @@ class StepDataset(TokenDataset[StepExample, StepDataConfig]):
         if all(label is None for label in labels[: len(ends)]):
             return Dropped("no_judged_step")
         kept = replace(row, completions=row.completions[: len(ends)], labels=row.labels[: len(ends)])
-        return Kept(StepExample(input_ids, ends, labels[: len(ends)], kept), "steps_cut" if is_cut else None)
+        return Kept(
+            StepExample(input_ids, len(prompt_ids), ends, labels[: len(ends)], kept), "steps_cut" if is_cut else None
+        )
 
     def _label(self, label: StepLabel) -> float | None:
         if label == "neutral":
@@ -78,9 +84,32 @@ class StepDataset(TokenDataset[StepExample, StepDataConfig]):
         return (example.input_ids, example.ends)
 
 
-def tidy(step: str) -> str:
-    """A step without the line ends around it and white space behind it: what lies between steps is the separator."""
-    return step.lstrip("\n").rstrip()
+def encode_solutions(
+    encoder: ChatEncoder, prompts: Sequence[Prompt], solutions: Sequence[Sequence[str]], separator: str
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Return (prompt ids, ids of each step with its separator) of every solution, as training and scoring need them.
+
+    Line ends around a step and white space behind it are left out: what lies between steps is the separator. A
+    tokenizer without chat template reads a question as plain text that ends with the separator.
+
+    Raises:
+        UserError: the tokenizer makes no token of the separator.
+    """
+    if separator and not encoder.tokenizer(separator, add_special_tokens=False)["input_ids"]:
+        raise UserError(
+            f"the tokenizer '{encoder.tokenizer.name_or_path}' makes no token of the separator {separator!r}, so no "
+            "token would end a step; set data.separator to one that it knows, such as its own separator token"
+        )
+    if not encoder.tokenizer.chat_template:
+        prompts = [_plain(prompt, separator) for prompt in prompts]
+    tidied = [[step.lstrip("\n").rstrip() for step in steps] for steps in solutions]
+    steps = encoder.step_ids_batch(prompts, tidied, separator)
+    return list(zip(encoder.prompt_ids_batch(prompts), steps, strict=True))
+
+
+def _plain(prompt: Prompt, separator: str) -> Prompt:
+    is_question = not isinstance(prompt, str) and [turn["role"] for turn in prompt] == ["user"]
+    return str(prompt[0]["content"]) + separator if is_question else prompt  # type: ignore[index]
 
 
 def _solution(row: Row) -> StepRow:

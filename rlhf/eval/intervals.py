@@ -144,6 +144,34 @@ def bootstrap(
     return _percentile(estimate, values, num, level)
 
 
+def grouped_intervals(
+    groups: Sequence[int],
+    statistic: Callable[[FloatArray], Sequence[float]],
+    seed: int = 0,
+    level: float = 0.95,
+    num_resamples: int = 1000,
+) -> list[Interval]:
+    """Bootstrap intervals of several numbers at once where units come in groups: whole groups are drawn, not units.
+
+    `groups` is the group of each unit, 0 to G - 1; `statistic` takes a weight per unit (how often it was drawn) and
+    returns the numbers. Resamples in which a number cannot be had (NaN) are left out of its interval; it has no bounds
+    where these are more than a tenth. Source: the cluster bootstrap, Davison and Hinkley (1997) section 3.8.
+    """
+    of_unit = np.asarray(groups, dtype=np.intp)
+    if of_unit.size == 0:
+        raise UserError("an interval needs at least one unit; got none")
+    num = int(of_unit.max()) + 1
+    estimates = np.asarray(statistic(np.ones(of_unit.size)), dtype=np.float64)
+    draws = _draw_counts(np.random.default_rng(seed), num_resamples, num)
+    resampled = np.array([statistic(counts[of_unit]) for counts in draws], dtype=np.float64)
+    found = []
+    for estimate, column in zip(estimates, resampled.T, strict=True):
+        finite = column[np.isfinite(column)]
+        enough = len(finite) >= 0.9 * num_resamples
+        found.append(_percentile(float(estimate), finite if enough else column, num, level))
+    return found
+
+
 def _normal_quantile(level: float) -> float:
     if not 0 < level < 1:
         raise UserError(f"a confidence level lies between 0 and 1; got {level}")

@@ -40,7 +40,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LORA_KEY = re.compile(r".+\.lora_[AB]\.weight")
 
-TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"]  # a policy, a reward model, a process reward model
 
 # Features that change what an adapter computes: a file that uses one would load quietly and give other numbers.
 _REFUSED = (
@@ -128,7 +128,7 @@ def check_task_type(folder: str | Path, expected: TaskType) -> None:
     """
     found = _read_config(Path(folder)).get("task_type")
     if found not in (None, expected):
-        wanted = "a policy" if expected == "CAUSAL_LM" else "a reward model"
+        wanted = {"CAUSAL_LM": "a policy", "SEQ_CLS": "a reward model", "TOKEN_CLS": "a process reward model"}[expected]
         raise UserError(
             f"the adapter in {folder} was trained for the task {found}, but {wanted} needs {expected}; "
             "name the folder of another adapter."

@@ -15,6 +15,7 @@ from rlhf.recipes.pipeline import PipelineConfig
 from rlhf.recipes.ppo import run_ppo
 from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.pretrain import PretrainConfig, run_pretrain
+from rlhf.recipes.prm import ProcessRewardConfig, run_prm
 from rlhf.recipes.reward import RewardConfig, run_reward
 from rlhf.recipes.sft import SFTConfig, run_sft
 
@@ -22,6 +23,7 @@ CONFIGS: dict[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "sft": SFTConfig,
     "reward": RewardConfig,
+    "prm": ProcessRewardConfig,
     "dpo": DPOConfig,
     "ppo": PPOConfig,
     "eval": EvaluateConfig,
@@ -56,6 +58,8 @@ def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -
         return run_sft(config, folder)
     if isinstance(config, RewardConfig):
         return run_reward(config, folder)
+    if isinstance(config, ProcessRewardConfig):
+        return run_prm(config, folder)
     if isinstance(config, DPOConfig):
         return run_dpo(config, folder)
     if isinstance(config, PPOConfig):

@@ -1,7 +1,7 @@
 """How one stage finds what another left: policies and reward models by run name, folder or hub name.
 
 A run that trains a policy keeps it in `<run>/policy` (adapter in PEFT's format with the tokenizer, or a whole model),
-one that trains a reward model in `<run>/reward_model`.
+one that trains a reward model in `<run>/reward_model`, a process reward model in `<run>/process_reward_model`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rlhf.rewards.learned import LearnedReward
 from rlhf.rewards.protocol import CombinedReward, RewardFunction, RewardTerm, RewardTermConfig, load_function
 from rlhf.rewards.rules import RULES, make_rule
 
-POLICY, REWARD_MODEL = "policy", "reward_model"
+POLICY, REWARD_MODEL, PROCESS_MODEL = "policy", "reward_model", "process_reward_model"
 ADAPTER_CONFIG = "adapter_config.json"
 
 

@@ -20,6 +20,7 @@ from rlhf.algo.logprobs import (
 from rlhf.algo.masked import masked_mean, masked_sum, masked_var, masked_whiten
 from rlhf.algo.ppo_loss import entropy_loss, kl_from_old, policy_loss, value_loss
 from rlhf.algo.preference_loss import PREFERENCE_LOSSES, PairLogRatios
+from rlhf.algo.process_loss import last, minimum, product, step_loss
 from rlhf.algo.reward_loss import bradley_terry_loss, compute_preference_loss
 from rlhf.algo.sft_loss import sft_loss
 
@@ -60,6 +61,10 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "value_loss without a clip": (lambda x: value_loss(x, GRID, SECOND, MASK, 10, None).loss, THIRD),
     "entropy_loss": (lambda x: entropy_loss(x, MASK, 10), GRID),
     "entropy_loss of logits": (lambda x: entropy_loss(entropy_of(x), MASK, 10), random(3, 5, 6)),
+    "step_loss": (lambda x: step_loss(x, SECOND.sigmoid(), MASK, 10), GRID),
+    "minimum": (lambda x: minimum(x, MASK), GRID),
+    "product": (lambda x: product(x, MASK), GRID),
+    "last": (lambda x: last(x, MASK), GRID),
     "k1": (k1, GRID),
     "k2": (k2, GRID),
     "k3": (k3, GRID),

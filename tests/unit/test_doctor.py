@@ -25,7 +25,8 @@ from rlhf.eval.doctor.show import show
 from rlhf.models.backbone import Backbone
 from rlhf.models.decoding import GenerationConfig
 from rlhf.models.policy import Policy, masked_logprobs
-from rlhf.models.reward_model import HEAD_FILE, RewardModel
+from rlhf.models.reward_model import RewardModel
+from rlhf.models.scoring import HEAD_FILE
 from rlhf.recipes.doctor import Diagnosis, StageFinding
 from rlhf.rollout.sampler import Sampler
 from rlhf.rollout.trajectory import Trajectory

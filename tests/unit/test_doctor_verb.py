@@ -16,7 +16,8 @@ from rlhf.cli import app
 from rlhf.eval.doctor import reward_checks
 from rlhf.infra.config import load_config
 from rlhf.infra.errors import UserError
-from rlhf.models.reward_model import HEAD_FILE, ClassifierReward, RewardModel
+from rlhf.models.reward_model import ClassifierReward, RewardModel
+from rlhf.models.scoring import HEAD_FILE
 from rlhf.recipes.doctor import doctor_config, run_doctor
 
 HIDING = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'assistant' %}")

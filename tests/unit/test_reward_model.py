@@ -26,8 +26,8 @@ from rlhf.models.reward_model import (
     ScoreScale,
     load_reward_model,
     pool,
-    same_base,
 )
+from rlhf.models.scoring import same_base
 from rlhf.models.value_head import ValueHead
 from rlhf.recipes.dpo import compute_log_probs
 
