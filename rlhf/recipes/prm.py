@@ -28,8 +28,9 @@ from rlhf.infra.experiment import Run, RunConfig
 from rlhf.models.backbone import ModelConfig
 from rlhf.models.process_reward_model import ProcessRewardModel, ProcessRewardModelConfig
 from rlhf.recipes.launch import launch, stage_cost
+from rlhf.recipes.scoring import held, idle_model_keys, refuse_lost_weights, start_backbone
 from rlhf.recipes.sft import announce
-from rlhf.recipes.stages import PROCESS_MODEL, load_policy
+from rlhf.recipes.stages import PROCESS_MODEL
 from rlhf.recipes.supervised import Method, SupervisedLoop, TrainingConfig, Validation
 from rlhf.rewards.process import aggregated_score, score_steps
 
@@ -48,32 +49,22 @@ class ProcessRewardConfig(Config):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
 
     @model_validator(mode="after")
-    def _random_base_is_saved(self) -> ProcessRewardConfig:
-        if self.model.random_init and self.prm.train != "full":
-            raise ValueError(
-                f"model.random_init=true with prm.train={self.prm.train} saves a head without the random base "
-                "that it belongs to; use prm.train=full"
-            )
+    def _weights_train_and_are_saved(self) -> ProcessRewardConfig:
+        refuse_lost_weights(self.model, self.prm.train, "prm")
         return self
 
     def in_effect(self) -> ProcessRewardConfig:
         """What trains is said in `prm`; `model.train` follows it."""
-        return self.model_copy(update={"model": self._held()})
+        return self.model_copy(update={"model": held(self.model, self.prm.train)})
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
         idle = self.training.idle_keys_with(self.data.has_validation)
-        idle["model.name_or_path"] = "`backbone` names the model"
-        idle["model.train"] = "prm.train says what trains"
-        if self.prm.train != "lora":
-            idle["model.lora"] = f"prm.train is {self.prm.train}, so no adapter trains"
+        idle |= idle_model_keys(self.prm.train, "prm")
         if self.data.is_tinychat:
             idle["data.neutral"] = "the built-in world has no neutral steps"
             idle["data.soft_labels"] = "labels of the built-in world are 0 and 1"
         return idle
-
-    def _held(self) -> ModelConfig:
-        return self.model.model_copy(update={"train": "full" if self.prm.train == "full" else "lora"})
 
 
 @dataclass(frozen=True)
@@ -102,13 +93,8 @@ def run_prm(config: ProcessRewardConfig, resume: Path | None = None) -> Run:
 
 def prepare(config: ProcessRewardConfig, device: torch.device, rejected_rows: Path) -> ProcessParts:
     """Backbone with adapter and head; a LoRA adapter starts from the SFT adapter's weights where there is one."""
-    held = config.in_effect().model
-    loaded = load_policy(config.backbone, held, config.run.output_dir, device, config.run.dtype)
-    torch.manual_seed(config.run.seed)
-    adapter = loaded.adapter if config.prm.train == "frozen" else "process"
-    if loaded.adapter is not None and config.prm.train == "lora":
-        loaded.backbone.copy_adapter(loaded.adapter, "process")
-    model = ProcessRewardModel(loaded.backbone, adapter, config.data.separator, config.prm.train, config.model)
+    start = start_backbone(config.backbone, config.model, config.prm.train, config.run, device, "process")
+    model = ProcessRewardModel(start.backbone, start.adapter, config.data.separator, config.prm.train, config.model)
     encoder = ChatEncoder(model.tokenizer, config.data.system_prompt)
     data, validation = StepDataset.load(config.data, encoder, rejected_rows)
     return ProcessParts(model, data.examples, validation.examples if validation else [], str(data.report))

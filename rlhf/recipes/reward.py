@@ -25,8 +25,9 @@ from rlhf.infra.experiment import Run, RunConfig
 from rlhf.models.backbone import ModelConfig
 from rlhf.models.reward_model import RewardModel, RewardModelConfig, ScoreScale
 from rlhf.recipes.launch import launch, stage_cost
+from rlhf.recipes.scoring import held, idle_model_keys, refuse_lost_weights, start_backbone
 from rlhf.recipes.sft import announce
-from rlhf.recipes.stages import REWARD_MODEL, load_policy
+from rlhf.recipes.stages import REWARD_MODEL
 from rlhf.recipes.supervised import Method, SupervisedLoop, TrainingConfig, Validation
 
 
@@ -43,35 +44,18 @@ class RewardConfig(Config):
     use_margin: bool = Field(True, description="subtract a pair's margin, where the data has one, inside the sigmoid")
 
     @model_validator(mode="after")
-    def _quantised_weights_do_not_train(self) -> RewardConfig:
-        if self.model.load_in_4bit and self.reward.train == "full":
-            raise ValueError(
-                "model.load_in_4bit=true with reward.train=full would train weights that are 4-bit codes; use "
-                "reward.train=lora or frozen, or model.load_in_4bit=false"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _random_base_is_saved(self) -> RewardConfig:
-        if self.model.random_init and self.reward.train != "full":
-            raise ValueError(
-                f"model.random_init=true with reward.train={self.reward.train} saves a head without the random base "
-                "that it belongs to; use reward.train=full"
-            )
+    def _weights_train_and_are_saved(self) -> RewardConfig:
+        refuse_lost_weights(self.model, self.reward.train, "reward")
         return self
 
     def in_effect(self) -> RewardConfig:
         """What trains is said in `reward`; `model.train` follows it."""
-        train = "full" if self.reward.train == "full" else "lora"
-        return self.model_copy(update={"model": self.model.model_copy(update={"train": train})})
+        return self.model_copy(update={"model": held(self.model, self.reward.train)})
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
         idle = self.training.idle_keys_with(self.data.has_validation)
-        idle["model.name_or_path"] = "`backbone` names the model"
-        idle["model.train"] = "reward.train says what trains"
-        if self.reward.train != "lora":
-            idle["model.lora"] = f"reward.train is {self.reward.train}, so no adapter trains"
+        idle |= idle_model_keys(self.reward.train, "reward")
         if self.data.is_tinychat:
             idle["use_margin"] = "pairs of the built-in world have no margins"
         return idle
@@ -118,15 +102,10 @@ def run_reward(config: RewardConfig, resume: Path | None = None) -> Run:
 
 def prepare(config: RewardConfig, device: torch.device, rejected_rows: Path) -> RewardParts:
     """Backbone with adapter and head; a LoRA adapter starts from the SFT adapter's weights where there is one."""
-    held = config.model.model_copy(update={"train": "full" if config.reward.train == "full" else "lora"})
-    loaded = load_policy(config.backbone, held, config.run.output_dir, device, config.run.dtype)
-    torch.manual_seed(config.run.seed)
-    adapter = loaded.adapter if config.reward.train == "frozen" else "reward"
-    if loaded.adapter is not None and config.reward.train == "lora":
-        loaded.backbone.copy_adapter(loaded.adapter, "reward")
     settings = config.reward
+    start = start_backbone(config.backbone, config.model, settings.train, config.run, device, "reward")
     model = RewardModel(
-        loaded.backbone, adapter, settings.pooling, settings.train, config.model, suffix=settings.suffix
+        start.backbone, start.adapter, settings.pooling, settings.train, config.model, suffix=settings.suffix
     )
     encoder = ChatEncoder(model.tokenizer, config.data.system_prompt)
     data, validation = PreferenceDataset.load(config.data, encoder, rejected_rows)

@@ -31,6 +31,7 @@ from rlhf.recipes.evaluate import run_evaluation
 from rlhf.recipes.pipeline import PipelineConfig, WorldConfig, write_world
 from rlhf.recipes.ppo import run_ppo
 from rlhf.recipes.pretrain import run_pretrain
+from rlhf.recipes.prm import run_prm
 from rlhf.recipes.resume import CONFIGS
 from rlhf.recipes.reward import run_reward
 from rlhf.recipes.sft import run_sft
@@ -39,6 +40,7 @@ RUNNERS: dict[str, Callable[..., Any]] = {
     "pretrain": run_pretrain,
     "sft": run_sft,
     "reward": run_reward,
+    "prm": run_prm,
     "dpo": run_dpo,
     "ppo": run_ppo,
     "eval": run_evaluation,
@@ -89,7 +91,20 @@ def write_data(folder: Path) -> dict[str, object]:
         start = f"\n\nHuman: {words(3)}\n\nAssistant: {words(2)}\n\nHuman: {words(3)}\n\nAssistant: "
         return {"chosen": f"{start}{words(2)} good", "rejected": f"{start}{words(2)} bad"}
 
+    def solution(question: str = "prompt", prompt: str | None = None) -> dict[str, Any]:
+        # A file that holds -1 has neutral steps, too.
+        labels = [1, rng.choice([0, -1, 0.25]), rng.choice([1, -1])]
+        steps = [words(rng.randint(1, 3)) for _ in labels]
+        return {question: prompt or words(rng.randint(2, 6)), "completions": steps, "labels": labels}
+
     rows = {
+        "steps": [solution() for _ in range(24)],
+        "more_steps": [solution() for _ in range(24)],
+        "renamed_steps": [solution("question") for _ in range(24)],
+        "hh_steps": [
+            solution(prompt=f"\n\nHuman: {words(3)}\n\nAssistant: {words(2)}\n\nHuman: {words(3)}\n\nAssistant:")
+            for _ in range(24)
+        ],
         "pairs": [pair() for _ in range(24)],
         "more": [pair() for _ in range(24)],
         "renamed": [pair("question") for _ in range(24)],
@@ -99,7 +114,8 @@ def write_data(folder: Path) -> dict[str, object]:
     files = {name: write_rows(folder / f"{name}.jsonl", lines) for name, lines in rows.items()}
     for split in ("train", "validation", "test"):
         write_rows(folder / "splits" / f"{split}.jsonl", [pair() for _ in range(24)])
-    return {**files, "splits": folder / "splits"}
+        write_rows(folder / "step_splits" / f"{split}.jsonl", [solution() for _ in range(24)])
+    return {**files, "splits": folder / "splits", "step_splits": folder / "step_splits"}
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -159,11 +175,13 @@ def test_C9_the_same_settings_leave_the_same_behind(tmp_path: Path, places: dict
     assert first == again
 
 
-def hub(name: str, split: str, data_dir: str | None) -> list[dict[str, str]]:
-    """A hub with one data set, whose answers tell which folder was read."""
+def hub(name: str, split: str, data_dir: str | None) -> list[dict[str, Any]]:
+    """A hub with a data set of pairs and one of steps, whose answers tell which folder was read."""
+    said = "big" if data_dir else "small"
+    if name == "toy/steps":
+        return [{"prompt": f"{said} {word}", "completions": [said, "red"], "labels": [1, 0]} for word in WORDS]
     if name != "toy/hub":
         raise OSError(f"no data set {name}")
-    said = "big" if data_dir else "small"
     return [{"prompt": f"{said} {word}", "chosen": f"{said} good", "rejected": "bad"} for word in WORDS]
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from rlhf.algo.kl import KLConfig
 from rlhf.algo.trainer import OptimizerConfig
-from rlhf.data.data_config import DataConfig, InstructionDataConfig, PromptDataConfig, SourceConfig
+from rlhf.data.data_config import DataConfig, InstructionDataConfig, PromptDataConfig, SourceConfig, StepDataConfig
 from rlhf.data.tinychat.labeller import LabellerConfig
 from rlhf.eval.suites import SuiteConfig
 from rlhf.infra.config_errors import sections_in
@@ -22,12 +22,14 @@ from rlhf.infra.experiment import RunConfig
 from rlhf.models.backbone import ModelConfig
 from rlhf.models.decoding import GenerationConfig
 from rlhf.models.lora import LoRAConfig
+from rlhf.models.process_reward_model import ProcessRewardModelConfig
 from rlhf.models.reward_model import RewardModelConfig
 from rlhf.recipes.dpo import DPOConfig
 from rlhf.recipes.evaluate import EvaluateConfig
 from rlhf.recipes.pipeline import WorldConfig
 from rlhf.recipes.ppo_config import PPOConfig, PPOSettings
 from rlhf.recipes.pretrain import ArchitectureConfig, PretrainConfig, PretrainDataConfig
+from rlhf.recipes.prm import ProcessRewardConfig
 from rlhf.recipes.resume import CONFIGS
 from rlhf.recipes.reward import RewardConfig
 from rlhf.recipes.sft import SFTConfig
@@ -73,6 +75,8 @@ BASE = {
             "optimizer.learning_rate=0.01"],
     "reward": ["backbone={base}", "data.min_length=1", "training.per_device_train_batch_size=6",
                "optimizer.learning_rate=0.01"],
+    "prm": ["backbone={base}", "data.train_files={steps}", "data.separator=is",
+            "training.per_device_train_batch_size=6", "optimizer.learning_rate=0.01"],
     "dpo": ["policy={base}", "data.min_length=1", "training.per_device_train_batch_size=6",
             "optimizer.learning_rate=0.01"],
     "ppo": ["policy={base}", "rewards=[{{name: target_string, arguments: {{text: red}}}}]", "ppo.num_iterations=2",
@@ -82,6 +86,7 @@ BASE = {
 }  # fmt: skip
 SHARED = ["run.name=run", "run.output_dir={runs}", "run.device=cpu", "run.num_threads=1", "data.train_files={pairs}"]
 FULL, ALL_TOKENS = ("model.train=full",), ("data.train_on=every_token",)
+STEP_SPLITS = ("data.train_files={step_splits}",)
 TWO_SPLITS, TINYCHAT = ("data.train_files={splits}",), ("data.train_files=[]",)
 UNPACKED, PACKED = ("packing=false",), ("packing=true", "data.max_length=24")
 UNVALIDATED = ("data.validation_fraction=0",)
@@ -156,6 +161,13 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "min_length": [Changes("9"), Refused("600", "no row is kept")],
         "max_length": [Changes("10", UNVALIDATED)],
         "overlong": [Changes("truncate_prompt", (".max_length=10", *UNVALIDATED))],
+    },
+    StepDataConfig: {
+        "max_length": [Changes("8", UNVALIDATED)],
+        "overlong": [Changes("drop", (".max_length=8", *UNVALIDATED))],
+        "separator": [Changes("good"), Fails('"\\n"', "makes no token of the separator")],
+        "neutral": [Changes("wrong"), Changes("ignore"), Refused("wrong", IDLE, TINYCHAT)],
+        "soft_labels": [Changes("harden"), Refused("harden", IDLE, TINYCHAT)],
     },
     InstructionDataConfig: {"train_on": [Changes("every_token"), Changes("last", (".train_files={chats}",))]},
     PretrainDataConfig: {"train_on": [Refused("last", "every_token")]},
@@ -258,6 +270,7 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "value_adapter": [Changes("true"), Refused("true", IDLE, (".vf_coef=0",)), Refused("true", IDLE, FULL)],
         "save_every_updates": [Changes("1", ("run.keep_checkpoints=9",)), Refused("2", IDLE)],
     },
+    ProcessRewardModelConfig: {"train": [Changes("full"), Changes("frozen")]},
     RewardModelConfig: {
         "pooling": [Changes("mean")],
         "suffix": [Changes("big")],
@@ -298,6 +311,7 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "backbone": [Changes("{other}")],
         "use_margin": [Changes("false"), Refused("false", IDLE, TINYCHAT)],
     },
+    ProcessRewardConfig: {"backbone": [Changes("{other}")]},
     DPOConfig: {"policy": [Changes("{other}")], "loss": [Refused("hinge", "sigmoid")], "beta": [Changes("0.5")]},
     PPOConfig: {
         "policy": [Changes("{other}")],
@@ -350,6 +364,50 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
                 ("use_rslora", "true", "frozen"),
             ]
         },
+    },
+    "prm": {
+        "training.max_tokens_per_micro_batch": [Changes("20")],
+        "model.train": [Refused("full", IDLE)],
+        "model.load_in_4bit": [Changes("true"), Refused("true", "4-bit codes", ("prm.train=full",))],
+        "model.random_init": [
+            Changes("true", ("prm.train=full", "run.seed=1")),
+            Refused("true", "use prm.train=full"),
+        ],
+        **{
+            f"model.lora.{name}": [Changes(value), Refused(value, IDLE, (f"prm.train={train}",))]
+            for name, value, train in [
+                ("r", "3", "full"),
+                ("lora_alpha", "5", "frozen"),
+                ("lora_dropout", "0.5", "frozen"),
+                ("target_modules", "[q_proj]", "full"),
+                ("use_rslora", "true", "frozen"),
+            ]
+        },
+        "data.name": [
+            Changes("toy/steps", (*TINYCHAT, ".max_samples=8")),
+            Fails("no/where", "no/where", TINYCHAT),
+            Refused("no/where", IDLE),
+        ],
+        "data.train_files": [Changes("{more_steps}")],
+        "data.validation_files": [Changes("{more_steps}")],
+        "data.split": [Changes("test", STEP_SPLITS), Refused("test", IDLE), Refused("test", IDLE, TINYCHAT)],
+        "data.validation_split": [
+            Changes("test", STEP_SPLITS),
+            Refused("test", IDLE, (".validation_files={more_steps}",)),
+            Refused("test", IDLE, TINYCHAT),
+        ],
+        "data.data_dir": [Changes("part", (".train_files=toy/steps",)), Refused("part", IDLE)],
+        "data.columns": [
+            Changes("{{prompt: question}}", (".train_files={renamed_steps}",)), Refused("{{a: b}}", IDLE, TINYCHAT),
+        ],
+        "data.validation_fraction": [
+            Changes("0.5"),
+            Refused("0.5", IDLE, (".validation_files={more_steps}",)),
+            Refused("0.5", IDLE, (*STEP_SPLITS, ".validation_split=test")),
+            Refused("0.5", IDLE, TINYCHAT),
+        ],
+        "data.split_seed": [Changes("1"), Refused("1", IDLE, (".validation_files={more_steps}",))],
+        "data.hh_as_messages": [Changes("true", (".train_files={hh_steps}",)), Refused("true", IDLE, TINYCHAT)],
     },
     "dpo": {
         "training.max_tokens_per_micro_batch": [Changes("20")],

@@ -17,9 +17,9 @@ from rlhf.recipes.resume import CONFIGS
 KEYS = list(stage_keys())
 STAGES = [recipe for recipe in CONFIGS if recipe != "pipeline"]
 NAMES = ("runs", "elsewhere", "base", "other", "tokenizer", "refuser", "policy", "reward", "other_reward")
-DATA = ("pairs", "more", "splits", "renamed", "hh", "chats")
+DATA = ("pairs", "more", "renamed", "hh", "chats", "steps", "more_steps", "renamed_steps", "hh_steps")
 PLACES = {name: f"somewhere/{name}" for name in NAMES} | {name: f"{name}.jsonl" for name in DATA}
-PLACES |= {"absent_device": "cuda", "splits": "some/splits"}
+PLACES |= {"absent_device": "cuda", "splits": "some/splits", "step_splits": "some/steps"}
 
 
 def test_C9_no_key_is_without_an_entry() -> None:
