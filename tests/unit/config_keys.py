@@ -164,7 +164,7 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
     },
     StepDataConfig: {
         "max_length": [Changes("8", UNVALIDATED)],
-        "overlong": [Changes("drop", (".max_length=8", *UNVALIDATED))],
+        "overlong": [Changes("drop", (".max_length=13", *UNVALIDATED))],
         "separator": [Changes("good"), Fails('"\\n"', "makes no token of the separator")],
         "neutral": [Changes("wrong"), Changes("ignore"), Refused("wrong", IDLE, TINYCHAT)],
         "soft_labels": [Changes("harden"), Refused("harden", IDLE, TINYCHAT)],
