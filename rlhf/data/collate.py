@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf.data.chat import TokenExample, join
+from rlhf.data.forest import Forest, plant
 from rlhf.data.preference_dataset import PreferenceExample
 from rlhf.infra.errors import UserError
 
@@ -70,10 +71,11 @@ class PromptBatch:
 class PairBatch:
     """B preference pairs as 2B rows of one batch: the first B rows are chosen, the last B rejected, in the same order.
 
-    `margins_B` is how much better chosen was said to be, 0 where the data says nothing.
+    Or as B rows of a `Forest`, the chosen answer the first branch of each and the rejected one the second; either way
+    results per answer come as (2 B,), chosen first. `margins_B` is how much better chosen was said to be, 0 where the data says nothing.
     """
 
-    batch: Batch
+    batch: Batch | Forest
     margins_B: Tensor
 
     def to(self, device: torch.device | str) -> PairBatch:
@@ -155,8 +157,18 @@ def pair_batch(examples: Sequence[PreferenceExample], pad_token_id: int) -> Pair
     """Return preference pairs as one batch, chosen rows first; the loss mask is True on the answers."""
     chosen = [join(example.prompt_ids, example.chosen_ids) for example in examples]
     rejected = [join(example.prompt_ids, example.rejected_ids) for example in examples]
-    margins_B = torch.tensor([example.margin or 0.0 for example in examples], dtype=torch.float32)
-    return PairBatch(pad_right([*chosen, *rejected], pad_token_id), margins_B)
+    return PairBatch(pad_right([*chosen, *rejected], pad_token_id), _margins(examples))
+
+
+def pair_forest(examples: Sequence[PreferenceExample], pad_token_id: int, suffix_ids: Sequence[int] = ()) -> PairBatch:
+    """Return preference pairs with both answers in one row behind their prompt, which is read once."""
+    answers = [[example.chosen_ids, example.rejected_ids] for example in examples]
+    forest = plant([example.prompt_ids for example in examples], answers, pad_token_id, suffix_ids)
+    return PairBatch(forest, _margins(examples))
+
+
+def _margins(examples: Sequence[PreferenceExample]) -> Tensor:
+    return torch.tensor([example.margin or 0.0 for example in examples], dtype=torch.float32)
 
 
 def pack(examples: Sequence[TokenExample], max_length: int) -> list[list[int]]:

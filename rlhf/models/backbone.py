@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +30,12 @@ from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActiva
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf.data.chat import prepare_tokenizer
+from rlhf.data.forest import Forest, plant
 from rlhf.infra.config import Config
 from rlhf.infra.device import autocast, torch_dtype
 from rlhf.infra.errors import UserError
 from rlhf.models.adapter_files import TaskType, check_task_type, load_adapter
-from rlhf.models.attention import prefer_short_rows
+from rlhf.models.attention import SHORT_ROWS, prefer_short_rows
 from rlhf.models.last_mlp import LastMLP
 from rlhf.models.lora import (
     LoRAConfig,
@@ -274,6 +275,36 @@ class Backbone(nn.Module):
             logits: Tensor = self.model.get_output_embeddings()(hidden)
         cap = self.model.config.to_dict().get("final_logit_softcapping")
         return logits if not cap else torch.tanh(logits / cap) * cap
+
+    def hidden_of(self, forest: Forest, *, adapter: str | None, wanted_BT: Tensor) -> Tensor:
+        """Last hidden states (B, T, D) of rows whose branches do not see each other, good where `wanted_BT` is True."""
+        mask = forest.attention_mask(self.model.dtype)
+        return self.hidden(forest.input_ids_BT, mask, forest.position_ids_BT, adapter=adapter, wanted_BT=wanted_BT)
+
+    @cached_property
+    def takes_forests(self) -> bool:
+        """Whether answers to one prompt may share a row: the model must take a mask of our own and see all positions.
+
+        Tried on two short answers against the same answers in rows of their own, since no setting says it.
+        """
+        if self.is_encoder or self.model.config._attn_implementation not in ("eager", "sdpa", SHORT_ROWS):
+            return False
+        sees_all = {"full_attention"}
+        if not set(self.model.config.to_dict().get("layer_types") or sees_all) <= sees_all:
+            return False
+        return self._forest_equals_rows()
+
+    @torch.no_grad()
+    def _forest_equals_rows(self) -> bool:
+        ids = [token % self.vocab_size for token in (5, 7, 11, 13, 17, 19, 23)]
+        prompt, answers = ids[:3], [ids[3:5], ids[5:]]
+        forest = plant([prompt], [answers], pad_token_id=0).to(self.device)
+        rows = torch.tensor([[*prompt, *answer] for answer in answers], device=self.device)
+        ends_BT = forest.branch_ends()
+        together = self.hidden_of(forest, adapter=None, wanted_BT=ends_BT)[ends_BT].float()
+        alone = self.hidden(rows, torch.ones_like(rows, dtype=torch.bool))[:, -1].float()
+        tolerance = 1e-4 if self.model.dtype == torch.float32 else 5e-2
+        return bool((together - alone).norm() <= tolerance * alone.norm())
 
     @property
     def adapter_names(self) -> list[str]:

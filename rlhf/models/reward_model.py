@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.data.chat import prepare_tokenizer
+from rlhf.data.collate import Batch
+from rlhf.data.forest import Forest
 from rlhf.infra.config import Config
 from rlhf.infra.device import autocast
 from rlhf.infra.errors import UserError
@@ -66,18 +68,36 @@ class RewardModel(ScoringModel):
         """See `ScoringModel`; `pooling` and `suffix` as in `RewardModelConfig`."""
         super().__init__(backbone, adapter, train, model_config)
         self.pooling, self.suffix, self.scale = pooling, suffix, ScoreScale()
-        self._suffix_ids: list[int] = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
+        self.suffix_ids: list[int] = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
 
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
         """Raw scores (B,); only their differences mean anything (P(a beats b) = sigma(score_a - score_b))."""
         mask_BT = torch.ones_like(input_ids_BT, dtype=torch.bool) if attention_mask_BT is None else attention_mask_BT
-        if self._suffix_ids:
-            input_ids_BT, mask_BT = lengthened(input_ids_BT, mask_BT, self._suffix_ids)
+        if self.suffix_ids:
+            input_ids_BT, mask_BT = lengthened(input_ids_BT, mask_BT, self.suffix_ids)
         hidden_BTD = self.backbone.hidden(
             input_ids_BT, mask_BT, adapter=self.adapter, wanted_BT=pooled_positions(mask_BT, self.pooling)
         )
         scores_B: Tensor = self.head(pool(hidden_BTD, mask_BT, self.pooling).float()).squeeze(-1)
         return scores_B
+
+    @property
+    def takes_forests(self) -> bool:
+        """Whether answers to one prompt may share a row: scores are read at one place, and the backbone allows it."""
+        return self.pooling == "last" and self.backbone.takes_forests
+
+    def answer_scores(self, batch: Batch | Forest) -> Tensor:
+        """Raw scores of every row (B,) or of every branch (K * B,), all first branches before all second ones.
+
+        Branches must have been planted with `suffix_ids`; rows get the suffix here.
+        """
+        if isinstance(batch, Batch):
+            scores: Tensor = self(batch.input_ids_BT, batch.attention_mask_BT)
+            return scores
+        ends_BT = batch.branch_ends()
+        hidden_BTD = self.backbone.hidden_of(batch, adapter=self.adapter, wanted_BT=ends_BT)
+        scores_N: Tensor = self.head(hidden_BTD[ends_BT].float()).squeeze(-1)
+        return scores_N.view(-1, batch.num_branches).T.reshape(-1)
 
     def standardised(self, scores_B: Tensor) -> Tensor:
         """Scores with mean 0 and standard deviation 1 on the answers the scale was taken from."""

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from rlhf.algo.reward_loss import bradley_terry_loss
 from rlhf.algo.trainer import LossOutput, OptimizerConfig, Trainer
-from rlhf.data.chat import ChatEncoder, join
-from rlhf.data.collate import PairBatch, batches_by_tokens, pad_right, pair_batch
+from rlhf.data.chat import ChatEncoder
+from rlhf.data.collate import PairBatch, batches_by_tokens, pair_batch, pair_forest
 from rlhf.data.data_config import DataConfig
+from rlhf.data.forest import row_length
 from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
 from rlhf.eval.reward_accuracy import RewardPair, reward_accuracy
 from rlhf.infra.config import Config
@@ -139,20 +140,18 @@ def pair_method(
     config: RewardConfig,
 ) -> Method[PairBatch]:
     """Bradley-Terry on pairs; both answers of a pair go through the model in one batch."""
-    limit = config.training.max_tokens_per_micro_batch
+    limit, width = config.training.max_tokens_per_micro_batch, row_width(model)
 
     def micro_batches(rows: Sequence[int]) -> list[PairBatch]:
         part = [examples[i] for i in rows]
-        groups = batches_by_tokens([2 * longest_side(example) for example in part], limit)
-        pad = model.tokenizer.pad_token_id
-        return [pair_batch([part[i] for i in group], pad).to(model.backbone.device) for group in groups]
+        groups = batches_by_tokens([width(example) for example in part], limit)
+        return [collated(model, [part[i] for i in group]) for group in groups]
 
     def loss(rows: Sequence[int]) -> Callable[[PairBatch], LossOutput]:
         num_pairs = len(rows)
 
         def one(pairs: PairBatch) -> LossOutput:
-            scores = model(pairs.batch.input_ids_BT, pairs.batch.attention_mask_BT)
-            chosen_B, rejected_B = scores.chunk(2)
+            chosen_B, rejected_B = model.answer_scores(pairs.batch).chunk(2)
             losses_B = bradley_terry_loss(chosen_B, rejected_B, pairs.margins_B if config.use_margin else None)
             difference = (chosen_B - rejected_B).detach()
             metrics = {
@@ -192,15 +191,27 @@ def pair_method(
 @torch.no_grad()
 def score_pairs(model: RewardModel, examples: Sequence[PreferenceExample], max_tokens: int) -> PairScores:
     """Scores of both answers of every pair, in the order given, in batches of like length."""
-    answers = [join(e.prompt_ids, ids) for e in examples for ids in (e.chosen_ids, e.rejected_ids)]
-    scores = torch.zeros(len(answers), device=model.backbone.device)
+    width, scores_2N = row_width(model), torch.zeros(2, len(examples), device=model.backbone.device)
     started = time.perf_counter()
-    for group in batches_by_tokens([len(answer.input_ids) for answer in answers], max_tokens):
-        batch = pad_right([answers[i] for i in group], model.tokenizer.pad_token_id).to(model.backbone.device)
-        scores[group] = model(batch.input_ids_BT, batch.attention_mask_BT)
-    paired = scores.view(-1, 2).cpu()
+    for group in batches_by_tokens([width(example) for example in examples], max_tokens):
+        scores_2N[:, group] = model.answer_scores(collated(model, [examples[i] for i in group]).batch).view(2, -1)
+    scores_2N = scores_2N.cpu()
     seconds = time.perf_counter() - started
-    return PairScores(paired[:, 0], paired[:, 1], 1000 * seconds / max(1, len(answers)))
+    return PairScores(scores_2N[0], scores_2N[1], 1000 * seconds / max(1, 2 * len(examples)))
+
+
+def collated(model: RewardModel, pairs: Sequence[PreferenceExample]) -> PairBatch:
+    """Pairs as the model scores them: their prompts are read once where it allows that."""
+    pad = model.tokenizer.pad_token_id
+    made = pair_forest(pairs, pad, model.suffix_ids) if model.takes_forests else pair_batch(pairs, pad)
+    return made.to(model.backbone.device)
+
+
+def row_width(model: RewardModel) -> Callable[[PreferenceExample], int]:
+    """How many columns a pair takes in a batch."""
+    if model.takes_forests:
+        return lambda pair: row_length(pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids])
+    return lambda pair: 2 * longest_side(pair)
 
 
 def report(model: RewardModel, held_out: Sequence[PreferenceExample], config: RewardConfig, run: Run) -> None:

@@ -1,0 +1,113 @@
+"""Answers that share a row with their prompt: the same numbers as in rows of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_backbones import Family, add_trained_adapter, tiny_backbone
+from torch import Tensor
+from transformers import BertConfig, BertModel, MistralConfig, MistralForCausalLM
+
+from rlhf.data.forest import PADDING, plant
+from rlhf.models.backbone import Backbone
+from rlhf.models.lora import get_lora_parameters
+from rlhf.models.policy import masked_logprobs
+from rlhf.models.reward_model import RewardModel
+
+FAMILIES: list[Family] = ["gpt2", "llama", "qwen2"]
+PROMPTS = [[5], [6, 7, 8, 9], [10, 11]]
+ANSWERS = [[[12, 13], [14]], [[15], [16, 17, 18]], [[19, 20], [21, 22]]]
+
+
+def test_a_row_spelt_out() -> None:
+    forest = plant([[5, 6]], [[[7, 8], [9]]], pad_token_id=0, suffix_ids=[3])
+    assert forest.input_ids_BT.tolist() == [[5, 6, 7, 8, 3, 6, 9, 3]]
+    assert forest.position_ids_BT.tolist() == [[0, 1, 2, 3, 4, 1, 2, 3]]
+    assert forest.branch_BT.tolist() == [[0, 1, 1, 1, 1, 2, 2, 2]]
+    assert forest.loss_mask_BT.int().tolist() == [[0, 0, 1, 1, 0, 0, 1, 0]]
+    assert forest.branch_ends().int().tolist() == [[0, 0, 0, 0, 1, 0, 0, 1]]
+    seen = (forest.attention_mask(torch.float32) == 0).int()[0, 0].tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0, 0],
+        [1, 0, 0, 0, 0, 1, 0, 0],
+        [1, 0, 0, 0, 0, 1, 1, 0],
+        [1, 0, 0, 0, 0, 1, 1, 1],
+    ]
+
+
+def test_padding_belongs_to_no_branch_and_sees_itself() -> None:
+    forest = plant(PROMPTS, ANSWERS, pad_token_id=0)
+    padded = forest.branch_BT == PADDING
+    assert bool(padded.any()) and not bool((forest.loss_mask_BT & padded).any())
+    assert bool((forest.attention_mask(torch.float32) == 0).any(dim=-1).all())
+    assert int(forest.branch_ends().sum()) == 6
+
+
+def test_rows_with_other_numbers_of_answers_are_refused() -> None:
+    with pytest.raises(ValueError, match="row 1 has 1 answers, the first has 2"):
+        plant([[5], [6]], [[[7], [8]], [[9]]], pad_token_id=0)
+
+
+def alone(backbone: Backbone, adapter: str) -> Tensor:
+    """Summed log-probs (K * B,) of every answer in a row of its own."""
+    sums = []
+    for k in range(2):
+        for prompt, answers in zip(PROMPTS, ANSWERS, strict=True):
+            ids = torch.tensor([[*prompt, *answers[k]]])
+            actions = torch.arange(ids.shape[1])[None] >= len(prompt)
+            sums.append(masked_logprobs(backbone, adapter, ids, torch.ones_like(actions), actions).sum())
+    return torch.stack(sums)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_and_gradients_are_those_of_rows_of_their_own(family: Family) -> None:
+    backbone = tiny_backbone(family)
+    add_trained_adapter(backbone, "policy", seed=3)
+    backbone.train_only(["policy"])
+    assert backbone.takes_forests
+    forest = plant(PROMPTS, ANSWERS, pad_token_id=0)
+    together = forest.branch_sums(
+        masked_logprobs(
+            backbone,
+            "policy",
+            forest.input_ids_BT,
+            forest.attention_mask(torch.float32),
+            forest.loss_mask_BT,
+            forest.position_ids_BT,
+        )
+    )
+    expected = alone(backbone, "policy")
+    torch.testing.assert_close(together, expected, atol=1e-4, rtol=1e-4)
+    weights = torch.arange(1.0, 7.0)
+    parameters = get_lora_parameters(backbone.model, "policy")
+    for one, other in zip(
+        torch.autograd.grad((together * weights).sum(), parameters),
+        torch.autograd.grad((expected * weights).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("suffix", ["", "good dog"])
+def test_reward_scores_are_those_of_rows_of_their_own(family: Family, suffix: str) -> None:
+    model = RewardModel(tiny_backbone(family), "reward", suffix=suffix)
+    assert model.takes_forests
+    together = model.answer_scores(plant(PROMPTS, ANSWERS, 0, model.suffix_ids))
+    rows = [torch.tensor([[*p, *a[k]]]) for k in range(2) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    expected = torch.cat([model(row) for row in rows])
+    torch.testing.assert_close(together, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_models_that_look_both_ways_through_a_window_or_at_the_mean_keep_rows_of_their_own() -> None:
+    tokenizer = tiny_backbone("gpt2").tokenizer
+    shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = BertModel(BertConfig(**shape, intermediate_size=16))
+    assert not Backbone(encoder, tokenizer, "encoder").takes_forests
+    window = MistralConfig(**shape, intermediate_size=16, num_key_value_heads=2, sliding_window=2)
+    assert not Backbone(MistralForCausalLM(window), tokenizer, "window").takes_forests
+    assert not RewardModel(tiny_backbone("gpt2"), "reward", "mean").takes_forests
