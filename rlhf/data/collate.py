@@ -72,7 +72,8 @@ class PairBatch:
     """B preference pairs as 2B rows of one batch: the first B rows are chosen, the last B rejected, in the same order.
 
     Or as B rows of a `Forest`, the chosen answer the first branch of each and the rejected one the second; either way
-    results per answer come as (2 B,), chosen first. `margins_B` is how much better chosen was said to be, 0 where the data says nothing.
+    results per answer come as (2 B,), chosen first. `margins_B` is how much better chosen was said to be, 0 where the
+    data says nothing.
     """
 
     batch: Batch | Forest

@@ -69,7 +69,7 @@ def test_poisoned_rows_are_skipped_and_told_about(
     report = json.loads((kept / "report.json").read_text(encoding="utf-8"))
     names = {
         "sft": "the output of LlamaModel.embed_tokens",
-        "reward": "the output of RewardModel.backbone.model.model.embed_tokens",
+        "reward": "the output of LlamaModel.embed_tokens",
         "dpo": "tensor 0.1 of the batch",  # the reference could not read the word either
     }
     assert report["first_nonfinite"] == names[stage]
