@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train_smoke train_quick train_full test test-slow check lint types format tensorboard clean clean-runs
+.PHONY: help setup train_smoke train_quick train_full test test-slow bench check lint types format tensorboard clean clean-runs
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,6 +37,9 @@ test: setup  ## the fast tests
 
 test-slow: setup  ## the tests that train, build a wheel or run for minutes
 	$(PYTEST) -m slow
+
+bench: setup  ## the same work by us and by TRL in turn, and the ratios (about an hour; ARGS="--pairs 1 --work sft")
+	$(BIN)/python bench/compare.py $(ARGS)
 
 check: lint types test  ## everything that must be green before a commit
 

@@ -192,12 +192,31 @@ def run_generate(bench: Bench) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "steps": bench.steps, "tokens": tokens, "optimizer_steps": 0}
 
 
+def run_logprobs(bench: Bench) -> dict[str, Any]:
+    """Mean log-probability of the prompts' last 16 tokens, as PPO's update computes it, to hold beside the peer's."""
+    loaded = load_policy(str(bench.folder / "start"), ModelConfig(lora=LORA), bench.scratch, torch.device("cpu"))
+    lines = (bench.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:ROLLOUT]
+    encoder = ChatEncoder(loaded.backbone.tokenizer)
+    ids_BT = torch.tensor(encoder.prompt_ids_batch([json.loads(line)["prompt"] for line in lines]))
+    mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    policy = Policy(loaded.backbone, loaded.adapter)
+    found = policy.response_statistics(ids_BT, mask_BT, mask_BT[:, -16:], 1.0)
+    return {
+        "mean_logprob": float(found.logprobs_BR.mean()),
+        "seconds": 0.0,
+        "steps": 1,
+        "tokens": 0,
+        "optimizer_steps": 0,
+    }
+
+
 KINDS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "sft": run_sft,
     "rm": run_rm,
     "dpo": run_dpo,
     "ppo": run_ppo,
     "generate": run_generate,
+    "logprobs": run_logprobs,
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.algo.logprobs import logprobs_from_hidden, statistics_from_hidden
+from rlhf.data.forest import Forest
 from rlhf.models.backbone import Backbone
 from rlhf.models.decoding import Decoded, GenerationConfig, decode
 from rlhf.models.value_head import ValueHead
@@ -123,6 +124,18 @@ def masked_logprobs(
         temperature,
     )
     return logprobs_M.new_zeros(input_ids_BT.shape).masked_scatter(action_mask_BT, logprobs_M)
+
+
+def forest_logprobs(backbone: Backbone, adapter: str | None, forest: Forest) -> Tensor:
+    """`masked_logprobs` (B, T) of rows whose answers share a prompt."""
+    return masked_logprobs(
+        backbone,
+        adapter,
+        forest.input_ids_BT,
+        forest.attention_mask(backbone.model.dtype),
+        forest.loss_mask_BT,
+        forest.position_ids_BT,
+    )
 
 
 def response_logprobs(

@@ -14,17 +14,18 @@ from torch import Tensor
 from rlhf.algo.preference_loss import PREFERENCE_LOSSES, PairLogRatios
 from rlhf.algo.trainer import LossOutput, OptimizerConfig, Trainer
 from rlhf.data.chat import ChatEncoder
-from rlhf.data.collate import Batch, PairBatch, batches_by_tokens, pair_batch
+from rlhf.data.collate import Batch, PairBatch, batches_by_tokens, pair_batch, pair_forest
 from rlhf.data.data_config import DataConfig
+from rlhf.data.forest import Forest
 from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
 from rlhf.infra.config import Config
 from rlhf.infra.durable import sync_file
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.models.backbone import Backbone, ModelConfig
-from rlhf.models.policy import Policy, masked_logprobs
+from rlhf.models.policy import Policy, forest_logprobs, masked_logprobs
 from rlhf.models.reference import Reference
 from rlhf.recipes.launch import launch, stage_cost
-from rlhf.recipes.reward import longest_side, num_tokens
+from rlhf.recipes.reward import num_tokens, row_width
 from rlhf.recipes.sft import announce
 from rlhf.recipes.stages import POLICY, save_policy, start_policy
 from rlhf.recipes.supervised import Method, SupervisedLoop, TrainingConfig, Validation
@@ -128,12 +129,12 @@ def dpo_method(
 ) -> Method[tuple[PairBatch, Tensor]]:
     """The preference loss on log-ratios to the reference; chosen and rejected go through the policy in one batch."""
     limit, device = config.training.max_tokens_per_micro_batch, policy.backbone.device
+    width = row_width(policy.backbone.takes_forests)
     loss_function = PREFERENCE_LOSSES[config.loss]
 
     def collate(part: Sequence[PreferenceExample], reference_n2: Tensor) -> list[tuple[PairBatch, Tensor]]:
-        groups = batches_by_tokens([2 * longest_side(example) for example in part], limit)
-        pad = policy.backbone.tokenizer.pad_token_id
-        return [(pair_batch([part[i] for i in g], pad).to(device), reference_n2[g].to(device)) for g in groups]
+        groups = batches_by_tokens([width(example) for example in part], limit)
+        return [(collated(policy.backbone, [part[i] for i in g]), reference_n2[g].to(device)) for g in groups]
 
     def terms(batch: tuple[PairBatch, Tensor], num_pairs: int) -> LossOutput:
         pairs, reference_B2 = batch
@@ -182,8 +183,9 @@ def reference_pass(reference: Reference, data: PreferenceDataset | None, max_tok
     if place.is_file():
         return ReferencePass(load_file(place)["logprobs_N2"])
     backbone, logprobs_N2 = reference.backbone, torch.zeros(len(data), 2)
-    for group in batches_by_tokens([2 * longest_side(example) for example in data.examples], 2 * max_tokens):
-        pairs = pair_batch([data.examples[i] for i in group], backbone.tokenizer.pad_token_id).to(backbone.device)
+    width = row_width(backbone.takes_forests)
+    for group in batches_by_tokens([width(example) for example in data.examples], 2 * max_tokens):
+        pairs = collated(backbone, [data.examples[i] for i in group])
         logprobs_N2[group] = summed_logprobs(backbone, reference.adapter, pairs.batch).view(2, -1).T.cpu()
     place.parent.mkdir(exist_ok=True)
     aside = place.with_suffix(".partial")  # a run killed while it writes must not find half of it
@@ -193,8 +195,19 @@ def reference_pass(reference: Reference, data: PreferenceDataset | None, max_tok
     return ReferencePass(logprobs_N2)
 
 
-def summed_logprobs(backbone: Backbone, adapter: str | None, batch: Batch) -> Tensor:
-    """log pi(answer | prompt) of every row (B,), in nats: the sum over the tokens under the loss mask."""
+def collated(backbone: Backbone, pairs: Sequence[PreferenceExample]) -> PairBatch:
+    """Pairs as the model reads them: their prompts once where it allows that."""
+    made = (pair_forest if backbone.takes_forests else pair_batch)(pairs, backbone.tokenizer.pad_token_id)
+    return made.to(backbone.device)
+
+
+def summed_logprobs(backbone: Backbone, adapter: str | None, batch: Batch | Forest) -> Tensor:
+    """log pi(answer | prompt), in nats: the sum over the tokens under the loss mask.
+
+    Of every row (B,) or of every branch (K * B,), all first branches before all second ones.
+    """
+    if isinstance(batch, Forest):
+        return batch.branch_sums(forest_logprobs(backbone, adapter, batch))
     return masked_logprobs(backbone, adapter, batch.input_ids_BT, batch.attention_mask_BT, batch.loss_mask_BT).sum(
         dim=1
     )

@@ -140,7 +140,7 @@ def pair_method(
     config: RewardConfig,
 ) -> Method[PairBatch]:
     """Bradley-Terry on pairs; both answers of a pair go through the model in one batch."""
-    limit, width = config.training.max_tokens_per_micro_batch, row_width(model)
+    limit, width = config.training.max_tokens_per_micro_batch, row_width(model.takes_forests)
 
     def micro_batches(rows: Sequence[int]) -> list[PairBatch]:
         part = [examples[i] for i in rows]
@@ -191,7 +191,7 @@ def pair_method(
 @torch.no_grad()
 def score_pairs(model: RewardModel, examples: Sequence[PreferenceExample], max_tokens: int) -> PairScores:
     """Scores of both answers of every pair, in the order given, in batches of like length."""
-    width, scores_2N = row_width(model), torch.zeros(2, len(examples), device=model.backbone.device)
+    width, scores_2N = row_width(model.takes_forests), torch.zeros(2, len(examples), device=model.backbone.device)
     started = time.perf_counter()
     for group in batches_by_tokens([width(example) for example in examples], max_tokens):
         scores_2N[:, group] = model.answer_scores(collated(model, [examples[i] for i in group]).batch).view(2, -1)
@@ -207,9 +207,9 @@ def collated(model: RewardModel, pairs: Sequence[PreferenceExample]) -> PairBatc
     return made.to(model.backbone.device)
 
 
-def row_width(model: RewardModel) -> Callable[[PreferenceExample], int]:
-    """How many columns a pair takes in a batch."""
-    if model.takes_forests:
+def row_width(shares_prompts: bool) -> Callable[[PreferenceExample], int]:
+    """How many columns a pair takes in a batch: its prompt read once, or both answers in rows of their own."""
+    if shares_prompts:
         return lambda pair: row_length(pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids])
     return lambda pair: 2 * longest_side(pair)
 

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, MistralConfig, MistralForCausalL
 from rlhf.data.forest import PADDING, plant
 from rlhf.models.backbone import Backbone
 from rlhf.models.lora import get_lora_parameters
-from rlhf.models.policy import masked_logprobs
+from rlhf.models.policy import forest_logprobs, masked_logprobs
 from rlhf.models.reward_model import RewardModel
 
 FAMILIES: list[Family] = ["gpt2", "llama", "qwen2"]
@@ -70,16 +70,7 @@ def test_logprobs_and_gradients_are_those_of_rows_of_their_own(family: Family) -
     backbone.train_only(["policy"])
     assert backbone.takes_forests
     forest = plant(PROMPTS, ANSWERS, pad_token_id=0)
-    together = forest.branch_sums(
-        masked_logprobs(
-            backbone,
-            "policy",
-            forest.input_ids_BT,
-            forest.attention_mask(torch.float32),
-            forest.loss_mask_BT,
-            forest.position_ids_BT,
-        )
-    )
+    together = forest.branch_sums(forest_logprobs(backbone, "policy", forest))
     expected = alone(backbone, "policy")
     torch.testing.assert_close(together, expected, atol=1e-4, rtol=1e-4)
     weights = torch.arange(1.0, 7.0)

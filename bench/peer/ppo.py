@@ -1,0 +1,101 @@
+"""The peer's PPO: python bench/peer/ppo.py FOLDER ITERATIONS [--bf16] [--logprobs].
+
+Runs in an environment of its own with TRL 1.12, the last release that has it; FOLDER comes from `bench/workload.py`. The
+value model is a full classifier, as that trainer wants it. `--logprobs` trains nothing and prints the mean log-probability
+of fixed rows, to hold beside ours. The last line printed is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl.experimental.ppo import PPOConfig, PPOTrainer
+from trl.experimental.ppo.ppo_trainer import forward
+from trl.trainer.utils import selective_log_softmax
+
+ROLLOUT, NEW_TOKENS, PROMPT_TOKENS = 32, 48, 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("iterations", type=int)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--logprobs", action="store_true")
+    asked = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(asked.folder / "policy", padding_side="left")
+    lines = (asked.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    ids = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines[: ROLLOUT * asked.iterations]]
+    base = AutoModelForCausalLM.from_pretrained(asked.folder / "policy", dtype=torch.float32)
+    policy = PeftModel.from_pretrained(base, asked.folder / "start", is_trainable=True)
+    if asked.logprobs:
+        print(json.dumps({"mean_logprob": mean_logprob(policy, ids[:ROLLOUT], tokenizer.pad_token_id)}))
+        return
+    trainer = PPOTrainer(
+        args=PPOConfig(
+            output_dir="out",
+            per_device_train_batch_size=ROLLOUT,
+            gradient_accumulation_steps=1,
+            num_ppo_epochs=4,
+            num_mini_batches=1,
+            total_episodes=ROLLOUT * asked.iterations,
+            response_length=NEW_TOKENS,
+            temperature=1.0,
+            num_sample_generations=0,
+            learning_rate=1e-5,
+            bf16=asked.bf16,
+            gradient_checkpointing=False,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+        ),
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=None,
+        reward_model=classifier(asked.folder),
+        value_model=classifier(asked.folder),
+        train_dataset=Dataset.from_dict({"input_ids": ids}),
+        eval_dataset=Dataset.from_dict({"input_ids": ids[:8]}),
+    )
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "steps": asked.iterations,
+                "optimizer_steps": 4 * asked.iterations,
+                "s_per_step": seconds / asked.iterations,
+                "tokens": ROLLOUT * NEW_TOKENS * asked.iterations,
+                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            }
+        )
+    )
+
+
+def classifier(folder: Path) -> torch.nn.Module:
+    return AutoModelForSequenceClassification.from_pretrained(folder / "reward", num_labels=1, dtype=torch.float32)
+
+
+@torch.no_grad()
+def mean_logprob(policy: torch.nn.Module, ids: list[list[int]], pad_token_id: int) -> float:
+    """Of the prompts' last tokens, read as answers, through the trainer's own forward pass and log-softmax."""
+    rows = torch.tensor(ids)
+    policy.eval()
+    logits = forward(policy, rows, pad_token_id).logits[:, PROMPT_TOKENS - 16 - 1 : -1]
+    return float(selective_log_softmax(logits, rows[:, PROMPT_TOKENS - 16 :]).mean())
+
+
+if __name__ == "__main__":
+    main()
