@@ -107,12 +107,11 @@ class Comparison:
     def pair(self, name: str, index: int) -> dict[str, Any]:
         """One run of each side, the first to go changing from pair to pair."""
         work = WORKS[name]
-        sides = {
-            dtype: lambda dtype=dtype: self.ours(name, work.steps, dtype) for dtype in self.asked.dtypes.split(",")
-        }
+        dtypes = self.asked.dtypes.split(",")
+        sides = {dtype: lambda dtype=dtype: self.ours(name, work.steps, dtype) for dtype in dtypes}
         sides["peer"] = lambda: self.peer(name, work.steps)
         if name == "ppo":
-            for dtype in self.asked.dtypes.split(","):
+            for dtype in dtypes:
                 sides[f"{dtype}, value adapter"] = lambda dtype=dtype: self.ours(
                     name, work.steps, dtype, "--value-adapter"
                 )

@@ -1,7 +1,7 @@
 """The peer's generation: python bench/peer/generate.py FOLDER REPEATS [--bf16].
 
-Sampling with `generate` of transformers from the same model with the same LoRA adapter (PEFT), 64 prompts, 48 tokens, as
-TRL's trainers do it on one machine. The last line printed is one JSON object.
+Sampling with `generate` of transformers from the same model with the same LoRA adapter (PEFT), 64 prompts, 48 tokens,
+as TRL's trainers do it on one machine. The last line printed is one JSON object.
 """
 
 import argparse

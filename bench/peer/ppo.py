@@ -1,8 +1,8 @@
 """The peer's PPO: python bench/peer/ppo.py FOLDER ITERATIONS [--bf16] [--logprobs].
 
-Runs in an environment of its own with TRL 1.12, the last release that has it; FOLDER comes from `bench/workload.py`. The
-value model is a full classifier, as that trainer wants it. `--logprobs` trains nothing and prints the mean log-probability
-of fixed rows, to hold beside ours. The last line printed is one JSON object.
+Runs in an environment of its own with TRL 1.12, the last release that has it; FOLDER comes from `bench/workload.py`.
+The value model is a full classifier, as that trainer wants it. `--logprobs` trains nothing and prints the mean
+log-probability of fixed rows, to hold beside ours. The last line printed is one JSON object.
 """
 
 import argparse

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
 import subprocess
 import sys
 
@@ -180,11 +183,35 @@ def test_pack_fills_a_gap_by_hand() -> None:
 
 
 def test_batches_by_tokens_by_hand() -> None:
-    # Sorted: 1 2 3 5 8; [1, 2, 3] costs 3 x 3 = 9, adding 5 would cost 20; 8 is longer than the limit alone.
-    assert batches_by_tokens([5, 1, 8, 3, 2], 10) == [[1, 4, 3], [0], [2]]
-    assert batches_by_tokens([4, 4, 4], 8) == [[0, 1], [2]]
+    # A group costs 64 / 16 = 4: 3 x 12 + 4 is less than 10 + 11 + 12 + 12; 40 beside them would pad too much.
+    assert batches_by_tokens([12, 10, 40, 11], 64) == [[1, 3, 0], [2]]
+    assert batches_by_tokens([4, 4, 4], 8) in ([[0, 1], [2]], [[0], [1, 2]])
     assert batches_by_tokens([20], 8) == [[0]]
     assert batches_by_tokens([], 8) == []
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_batches_by_tokens_are_the_cheapest_cut_of_the_sorted_rows(seed: int) -> None:
+    numbers = random.Random(seed)
+    lengths, limit = [numbers.randint(1, 40) for _ in range(8)], numbers.choice([16, 48, 96])
+
+    def cost(groups: list[list[int]]) -> float:
+        sizes = [(len(group), max(lengths[i] for i in group)) for group in groups]
+        if any(rows * longest > limit and rows > 1 for rows, longest in sizes):
+            return math.inf
+        return sum(rows * longest + limit / 16 for rows, longest in sizes)
+
+    order = sorted(range(8), key=lambda i: lengths[i])
+    cuts = itertools.product([False, True], repeat=7)
+    every = []
+    for cut in cuts:
+        groups = [[order[0]]]
+        for index, new in zip(order[1:], cut, strict=True):
+            groups.append([index]) if new else groups[-1].append(index)
+        every.append(cost(groups))
+    found = batches_by_tokens(lengths, limit)
+    assert sorted(i for group in found for i in group) == list(range(8))
+    assert cost(found) == pytest.approx(min(every))
 
 
 def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch_only() -> None:
