@@ -12,30 +12,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
-WORDS = [
-    "please",
-    "tell",
-    "me",
-    "how",
-    "the",
-    "red",
-    "dog",
-    "and",
-    "a",
-    "blue",
-    "cat",
-    "came",
-    "home",
-    "over",
-    "the",
-    "hill",
-    "when",
-    "it",
-    "was",
-    "late",
-    "and",
-    "cold",
-]
+WORDS = ("please", "tell", "me", "how", "the", "red", "dog", "and", "a", "blue", "cat", "came", "home", "late", "cold")
 
 
 @pytest.fixture(scope="module")
