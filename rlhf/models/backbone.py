@@ -48,7 +48,13 @@ from rlhf.models.lora import (
     set_active_adapter,
     unmerge_adapter,
 )
-from rlhf.models.quantized import QuantType, keep_codes_as_loaded, quantised_layers, quantization_config
+from rlhf.models.quantized import (
+    QuantType,
+    describe_quantised,
+    keep_codes_as_loaded,
+    quantised_layers,
+    quantization_config,
+)
 from rlhf.models.recompute import enable_recomputation, recomputing
 
 BUNDLED_MODEL = "tinychat"
@@ -86,6 +92,14 @@ class ModelConfig(Config):
             )
         return self
 
+    @property
+    def quantisation(self) -> dict[str, Any]:
+        """The settings that say how the base is coded; empty where it is not. Equal settings mean equal codes."""
+        if not self.load_in_4bit:
+            return {}
+        names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+        return {name: value for name, value in self if name in names}
+
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
         idle = {"lora": "every weight trains, so there is no adapter"} if self.train == "full" else {}
@@ -111,9 +125,10 @@ class Backbone(nn.Module):
         self.model.eval()
         self.model.requires_grad_(False)
         keep_codes_as_loaded(model)
-        self.is_quantised = bool(layers := quantised_layers(model))
-        if layers:
-            self.notes.append(f"{len(layers)} linear layers of the base are held in fewer bits")
+        self.is_quantised = bool(quantised_layers(model))
+        self.quantisation: dict[str, Any] = {}
+        if self.is_quantised:
+            self.notes.append(describe_quantised(model))
         self._recomputed: list[nn.Module] = []
         self._last_mlp = LastMLP(self.model)
 
@@ -137,9 +152,9 @@ class Backbone(nn.Module):
             {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
         )
         if config.load_in_4bit:
+            place = device or torch.device("cpu")
             double, code = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
-            extra["quantization_config"] = quantization_config(code, double, dtype)
-            extra["device_map"] = {"": device or torch.device("cpu")}
+            extra |= {"quantization_config": quantization_config(code, double, dtype, place), "device_map": {"": place}}
         kind = AutoModelForCausalLM if type(model_config) in AutoModelForCausalLM._model_mapping else AutoModel
         try:
             if config.random_init:
@@ -151,6 +166,12 @@ class Backbone(nn.Module):
         if config.attn_implementation is None and (device is None or device.type == "cpu"):
             prefer_short_rows(model)
         backbone = cls(model, tokenizer, config.name_or_path, dtype_name)
+        backbone.quantisation = config.quantisation
+        if config.train == "full" and backbone.is_quantised:
+            raise UserError(
+                f"model.train=full would train every weight, but those of {config.name_or_path} are stored as codes of "
+                "fewer bits; use train=lora, or name the model that it was quantised from"
+            )
         if config.gradient_checkpointing:
             backbone.recompute_in_backward()
         return backbone if device is None else backbone.to(device)

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.infra.config import Config
 from rlhf.infra.errors import UserError
 from rlhf.models.lora_layer import AdapterSettings, LoRALinear, check_adapter_name, is_supported
+from rlhf.models.quantized import count_parameters
 
 __all__ = [
     "LoRAConfig",
@@ -285,12 +286,7 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 def print_trainable_parameters(model: nn.Module) -> str:
     """Print and return how many parameters train, of how many; packed 4-bit weights count as two per byte."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        packed = type(parameter).__name__ == "Params4bit" and not parameter.is_floating_point()
-        count = parameter.numel() * (2 * parameter.element_size() if packed else 1)
-        total += count
-        trainable += count if parameter.requires_grad else 0
+    trainable, total = count_parameters(model)
     sentence = f"Trainable: {trainable / max(total, 1):.2%} ({trainable:,} of {total:,} parameters)"
     print(sentence)
     return sentence

@@ -7,6 +7,7 @@ are here.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -44,7 +45,8 @@ class ScoringModel(nn.Module):
         super().__init__()
         model_config = model_config or ModelConfig()
         if isinstance(backbone, str):
-            backbone = Backbone.load(ModelConfig(name_or_path=backbone, train="full" if train == "full" else "lora"))
+            held = {"name_or_path": backbone, "train": "full" if train == "full" else "lora"}
+            backbone = Backbone.load(model_config.model_copy(update=held))
         self.backbone, self.train_mode = backbone, train
         self.adapter = None if train == "full" else adapter
         self.head = nn.Linear(backbone.width, 1, bias=self.has_bias).to(backbone.device)
@@ -98,6 +100,7 @@ class ScoringModel(nn.Module):
         description = {
             "kind": self.kind,
             "base_model_name_or_path": self.backbone.name,
+            "quantization": self.backbone.quantisation,
             "train": self.train_mode,
             "has_adapter": self.adapter is not None,
             **self.settings(),
@@ -108,8 +111,8 @@ class ScoringModel(nn.Module):
     def load(
         cls, folder: Path, backbone: Backbone | None = None, adapter: str = "reward", dtype_name: str = "fp32"
     ) -> Self:
-        """Read what `save` wrote, frozen: onto a shared backbone where that is the same base and its own weights do not
-        train (the scores would move with them), else with a base of its own.
+        """Read what `save` wrote, frozen: onto a shared backbone where that is the same base, held in as many bits, and
+        its own weights do not train (the scores would move with them), else with a base of its own.
 
         Raises:
             UserError: the folder holds no such model, one of the other kind, or one without its head.
@@ -119,9 +122,15 @@ class ScoringModel(nn.Module):
             raise UserError(f"{folder} has no {HEAD_FILE}: its scores would be those of a random head; train it again")
         full = description["train"] == "full"
         base = str(folder) if full else description["base_model_name_or_path"]
+        coded = description.get("quantization", {})
         if backbone is None or full or not backbone.base_is_frozen or not same_base(backbone.name, base):
-            source = ModelConfig(name_or_path=base, tokenizer=str(folder))
-            backbone = Backbone.load(source, dtype_name, backbone.device if backbone else None)
+            backbone = _base_of_its_own(folder, base, coded, dtype_name, backbone)
+        elif backbone.quantisation != coded:
+            backbone.notes.append(
+                f"the {cls.kind} model in {folder} was trained on another coding of this base ({coded or 'none'}), so "
+                "it gets a base of its own; train it with the policy's model.load_in_4bit to share one"
+            )
+            backbone = _base_of_its_own(folder, base, coded, dtype_name, backbone)
         name = adapter if description["has_adapter"] else None
         if name is not None:
             backbone.load_adapter(folder, name, cls.task_type)
@@ -159,3 +168,10 @@ def last_columns(mask_BT: Tensor) -> Tensor:
     """Column (B,) of the last attended token of every row, whatever the side of the padding."""
     columns_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     return (mask_BT.long() * columns_T).argmax(dim=1)
+
+
+def _base_of_its_own(
+    folder: Path, base: str, quantisation: Mapping[str, Any], dtype_name: str, beside: Backbone | None
+) -> Backbone:
+    source = ModelConfig(name_or_path=base, tokenizer=str(folder), **quantisation)
+    return Backbone.load(source, dtype_name, beside.device if beside else None)

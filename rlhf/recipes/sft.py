@@ -16,6 +16,7 @@ from rlhf.data.instruction_dataset import InstructionDataset
 from rlhf.infra.config import Config
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.models.backbone import Backbone, ModelConfig
+from rlhf.models.quantized import count_parameters
 from rlhf.recipes.language_model import language_model_method
 from rlhf.recipes.launch import launch, stage_cost
 from rlhf.recipes.stages import POLICY, load_policy, save_policy
@@ -120,6 +121,5 @@ def announce(run: Run, backbone: Backbone, report: str) -> None:
     for note in backbone.notes:
         run.logger.info(note)
     run.logger.info(f"data: {report}")
-    trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in backbone.parameters())
+    trainable, total = count_parameters(backbone)
     run.logger.info(f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}) of {backbone.name}")

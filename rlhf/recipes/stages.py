@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from rlhf.infra.config import explicit_keys
+from rlhf.infra.config import explicit_keys, given_keys
 from rlhf.infra.durable import written_aside
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import RunConfig
@@ -23,6 +23,7 @@ from rlhf.models.adapter_files import save_adapter
 from rlhf.models.backbone import BUNDLED_MODEL, Backbone, ModelConfig
 from rlhf.models.lora import LoRAConfig, merge_lora_weights
 from rlhf.models.policy import Policy
+from rlhf.models.quantized import read_quantisation, write_quantisation
 from rlhf.models.reference import Reference
 from rlhf.models.reward_model import load_reward_model
 from rlhf.models.value_head import ValueHead
@@ -68,7 +69,8 @@ def load_policy(
 ) -> LoadedPolicy:
     """Load base and adapter of a policy; `config` says how the base is to be held, the source which base it is.
 
-    Where every weight is to train, the adapter is merged into the base: it could not be told from it afterwards.
+    An adapter gets its base as it was trained on, in 4 bits or not, unless `config` was told otherwise. Where every
+    weight is to train, the adapter is merged into the original base: it could not be told from it afterwards.
     """
     folder = locate(source, output_dir, POLICY)
     if not (Path(folder) / ADAPTER_CONFIG).is_file():
@@ -79,7 +81,9 @@ def load_policy(
     place = {"name_or_path": base, "tokenizer": folder if has_tokenizer else config.tokenizer}
     if config.train == "lora":
         refuse_other_shape(config.lora, folder)
+        config = held_as_trained(config, folder)
     backbone = Backbone.load(config.model_copy(update=place), dtype, device)
+    backbone.notes += _notes_on_the_base(backbone, folder)
     backbone.load_adapter(folder, adapter)
     if config.train == "full":
         merge_lora_weights(backbone.model, adapter)
@@ -100,6 +104,22 @@ def refuse_other_shape(asked: LoRAConfig, folder: str) -> None:
             )
 
 
+def held_as_trained(config: ModelConfig, adapter_folder: str) -> ModelConfig:
+    """The config with the quantisation under which the adapter was trained, in the keys that nobody set."""
+    recorded, given = read_quantisation(Path(adapter_folder)), given_keys(config)
+    if "load_in_4bit" in given and not config.load_in_4bit:
+        return config
+    return config.model_copy(update={name: value for name, value in recorded.items() if name not in given})
+
+
+def _notes_on_the_base(backbone: Backbone, adapter_folder: str) -> list[str]:
+    trained_on, held = read_quantisation(Path(adapter_folder)), backbone.quantisation
+    if trained_on == held:
+        return []
+    words = [", ".join(f"{name}={value}" for name, value in s.items()) or "as it is" for s in (trained_on, held)]
+    return [f"the adapter in {adapter_folder} was trained on its base {words[0]}, and stands on it {words[1]} here"]
+
+
 def save_policy(backbone: Backbone, adapter: str | None, folder: Path) -> None:
     """Write an adapter in PEFT's format, or the whole model where there is none; the tokenizer beside it.
 
@@ -110,6 +130,7 @@ def save_policy(backbone: Backbone, adapter: str | None, folder: Path) -> None:
             backbone.model.save_pretrained(aside)
         else:
             save_adapter(backbone.model, adapter, aside, backbone.name, task_type="CAUSAL_LM")
+            write_quantisation(aside, backbone.quantisation)
         backbone.tokenizer.save_pretrained(aside)
 
 
@@ -203,7 +224,7 @@ class PolicyShelf:
                     self.config.model_copy(update={"name_or_path": folder}), self.dtype, self.device
                 )
             return LoadedPolicy(self._backbones[folder], None)
-        base = base_of(folder)
+        base = f"{base_of(folder)} {held_as_trained(self.config, folder).quantisation}"
         self._count += 1
         name = f"policy_{self._count}"
         if base in self._backbones:

@@ -19,6 +19,7 @@ from rlhf.infra.errors import UserError
 from rlhf.models.backbone import Backbone
 from rlhf.models.decoding import GenerationConfig
 from rlhf.models.lora import adapter_state_dict, lora_layers
+from rlhf.models.quantized import scales_of
 from rlhf.rollout.trajectory import Trajectory
 
 
@@ -96,7 +97,8 @@ def weights_hash(backbone: Backbone, adapter: str | None) -> str:
     for name, parameter in backbone.model.named_parameters():
         if ".lora_" not in name:
             before = next((prefix for prefix in wrapped if name.startswith(prefix)), None)
-            tensors[name if before is None else name.replace(before, before.removesuffix("base."))] = parameter
+            plain = name if before is None else name.replace(before, before.removesuffix("base."))
+            tensors |= {plain: parameter} | {f"{plain}.{key}": scale for key, scale in scales_of(parameter).items()}
     if adapter is not None:
         tensors |= adapter_state_dict(backbone.model, adapter)
         layers = lora_layers(backbone.model, adapter)
