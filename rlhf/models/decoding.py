@@ -18,12 +18,15 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from rlhf.algo.logprobs import MAX_LOGITS
 from rlhf.infra.config import Config
 from rlhf.models.backbone import Backbone
 from rlhf.models.value_head import ValueHead
 
 # Rows that have finished are carried along until they are this share of the batch: dropping them copies the cache.
 LEAVE_SHARE = 0.125
+# Probabilities that are held in float64 at once; sorting them for top-p takes several copies.
+MAX_FLOAT64 = MAX_LOGITS // 4
 
 
 class GenerationConfig(Config):
@@ -142,11 +145,9 @@ def decode(
         last_NP[:, -1] = True
         hidden = backbone.hidden(prompt_ids_NP, prompt_mask_NP, adapter=adapter, cache=cache, wanted_BT=last_NP)[:, -1]
         for t in range(width):
-            log_p = _log_distribution(backbone.logits(hidden, adapter=adapter), config.temperature)
-            tokens, lost_mass = choose_tokens(log_p, uniforms_NR[rows, t], config)
-            values = None if value_head is None else value_head(hidden)
-            record.write(rows[~done], t, tokens[~done], log_p[~done], None if values is None else values[~done])
-            record.lost_mass += float(lost_mass[~done].sum())
+            drawn = _draw(backbone, adapter, hidden, uniforms_NR[rows, t], config)
+            tokens, values = drawn.tokens_N, None if value_head is None else value_head(hidden)
+            record.write(rows, t, drawn, values, ~done)
             done = done | torch.isin(tokens, stops)
             if config.stop:
                 done = done | record.ends_with_stop(rows, t, backbone, config.stop)
@@ -164,6 +165,35 @@ def decode(
     return record.decoded()
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """One token of each row, and what its distribution says of it; see `Decoded`."""
+
+    tokens_N: Tensor
+    logprobs_N: Tensor
+    entropy_N: Tensor
+    lost_mass_N: Tensor
+
+
+def _draw(
+    backbone: Backbone, adapter: str | None, hidden_ND: Tensor, uniforms_N: Tensor, config: GenerationConfig
+) -> _Drawn:
+    """Draw from the rows' distributions; the head runs on as many rows at a time as have `MAX_LOGITS` logits."""
+
+    def of_rows(hidden_nD: Tensor, uniforms_n: Tensor) -> _Drawn:
+        log_p_nV = _log_distribution(backbone.logits(hidden_nD, adapter=adapter), config.temperature)
+        tokens_n, lost_mass_n = choose_tokens(log_p_nV, uniforms_n, config)
+        logprobs_n = log_p_nV.gather(-1, tokens_n.unsqueeze(-1)).squeeze(-1)
+        return _Drawn(tokens_n, logprobs_n, -(log_p_nV.exp() * log_p_nV).sum(dim=-1), lost_mass_n)
+
+    size = max(1, MAX_LOGITS // backbone.vocab_size)
+    if len(hidden_ND) <= size:
+        return of_rows(hidden_ND, uniforms_N)
+    parts = [of_rows(*chunk) for chunk in zip(hidden_ND.split(size), uniforms_N.split(size), strict=True)]
+    columns = ((p.tokens_N, p.logprobs_N, p.entropy_N, p.lost_mass_N) for p in parts)
+    return _Drawn(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
 def choose_tokens(log_p_NV: Tensor, uniforms_N: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor]:
     """Draw a token per row by inverting the distribution at the row's uniform; greedy at temperature 0.
 
@@ -171,8 +201,15 @@ def choose_tokens(log_p_NV: Tensor, uniforms_N: Tensor, config: GenerationConfig
     """
     if config.temperature == 0:
         return log_p_NV.argmax(dim=-1), torch.zeros_like(uniforms_N)
+    rows = max(1, MAX_FLOAT64 // log_p_NV.shape[-1])
+    parts = [_inverted(*part, config) for part in zip(log_p_NV.split(rows), uniforms_N.split(rows), strict=True)]
+    tokens, lost_mass = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(lost_mass)
+
+
+def _inverted(log_p_NV: Tensor, uniforms_N: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor]:
     # float64: a cumulative sum over 150k probabilities in fp32 would lose the rare tokens.
-    p_NV = log_p_NV.double().exp()
+    p_NV = log_p_NV.double().exp_()
     if config.top_p < 1 or config.top_k:
         p_NV = _truncated(p_NV, config.top_p, config.top_k)
     cumulative_NV = p_NV.cumsum(dim=-1)
@@ -219,13 +256,15 @@ class _Record:
         self.finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self.lost_mass = 0.0
 
-    def write(self, rows: Tensor, t: int, tokens: Tensor, log_p: Tensor, values: Tensor | None) -> None:
-        self.ids[rows, t] = tokens
+    def write(self, rows: Tensor, t: int, drawn: _Drawn, values: Tensor | None, is_wanted: Tensor) -> None:
+        rows = rows[is_wanted]
+        self.ids[rows, t] = drawn.tokens_N[is_wanted]
         self.mask[rows, t] = True
-        self.logprobs[rows, t] = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        self.entropy[rows, t] = -(log_p.exp() * log_p).sum(dim=-1)
+        self.logprobs[rows, t] = drawn.logprobs_N[is_wanted]
+        self.entropy[rows, t] = drawn.entropy_N[is_wanted]
         if self.values is not None and values is not None:
-            self.values[rows, t] = values
+            self.values[rows, t] = values[is_wanted]
+        self.lost_mass += float(drawn.lost_mass_N[is_wanted].sum())
 
     def ends_with_stop(self, rows: Tensor, t: int, backbone: Backbone, stop: Sequence[str]) -> Tensor:
         """Which rows' text holds a stop string by now; the last tokens suffice, since every step is looked at."""

@@ -6,11 +6,12 @@ The chunk is made small (14 rows of logits), so that a few hundred positions sta
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from live_bytes import LiveBytes
-from tiny_backbones import add_trained_adapter, random_prompts, word_tokenizer
+from tiny_backbones import add_trained_adapter, random_prompts, tiny_backbone, word_tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,6 +21,7 @@ from rlhf.data.chat import join
 from rlhf.data.collate import Batch, collate_packed, pad_left, pad_right, pair_batch
 from rlhf.data.preference_dataset import PreferenceExample
 from rlhf.data.rows import PreferenceRow
+from rlhf.models import decoding
 from rlhf.models.backbone import Backbone
 from rlhf.models.decoding import GenerationConfig, decode
 from rlhf.models.policy import Policy, masked_logprobs, response_logprobs
@@ -56,6 +58,8 @@ def backbone() -> Backbone:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs_module, "MAX_LOGITS", CHUNK)
+    monkeypatch.setattr(decoding, "MAX_LOGITS", CHUNK)
+    monkeypatch.setattr(decoding, "MAX_FLOAT64", CHUNK // 4)
 
 
 def measured(work: Callable[[], object]) -> LiveBytes:
@@ -151,23 +155,45 @@ def test_the_reference_holds_a_few_chunks(backbone: Backbone) -> None:
         assert memory.largest <= CHUNK_BYTES and memory.peak < CHUNKS_AT_ONCE * CHUNK_BYTES
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_p": 0.9, "top_k": 50}], ids=str)
-def test_decoding_looks_at_the_last_position_of_a_chunk_of_rows(backbone: Backbone, settings: dict[str, float]) -> None:
-    """Rows are drawn 14 at a time, in float64: 2 bytes where a chunk has 1; sorting for top-p doubles that again."""
-    config = GenerationConfig.model_validate({"max_new_tokens": 2, "merge_adapter": False, **settings})
-    uniforms = torch.rand(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+DRAWS: list[tuple[dict[str, float], int, int]] = [({}, 40, 2), ({"temperature": 0.0}, 40, 2), ({"top_p": 0.9}, 15, 1)]
+
+
+@pytest.mark.parametrize(("settings", "rows", "width"), DRAWS, ids=str)
+def test_decoding_looks_at_the_last_position_of_a_chunk_of_rows(
+    backbone: Backbone, settings: dict[str, float], rows: int, width: int
+) -> None:
+    config = GenerationConfig.model_validate({"max_new_tokens": width, "merge_adapter": False, **settings})
+    uniforms = torch.rand(rows, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     peaks = []
-    for width in (2, 20):
-        ids = torch.randint(3, 26, (40, width), generator=torch.Generator().manual_seed(1))
-        memory = measured(
-            lambda ids=ids: decode(
-                backbone, "policy", ids, torch.ones_like(ids, dtype=torch.bool), uniforms, config, [1]
-            )
-        )
-        assert memory.largest <= 2 * CHUNK_BYTES
-        assert memory.peak < (16 if "top_p" in settings else 10) * CHUNK_BYTES
+    for prompt_width in (2, 20):
+        ids = torch.randint(3, 26, (rows, prompt_width), generator=torch.Generator().manual_seed(1))
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        memory = measured(partial(decode, backbone, "policy", ids, mask, uniforms, config, [1]))
+        assert memory.largest <= CHUNK_BYTES
+        assert memory.peak < CHUNKS_AT_ONCE * CHUNK_BYTES
         peaks.append(memory.peak)
-    assert peaks[1] - peaks[0] < 0.1 * CHUNK_BYTES  # eighteen more positions of forty rows have no logits
+    assert peaks[1] - peaks[0] < 0.1 * CHUNK_BYTES  # eighteen more positions of the rows have no logits
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_p": 0.5, "top_k": 4}], ids=str)
+def test_chunks_draw_what_the_whole_would(settings: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tiny_backbone("llama")
+    config = GenerationConfig.model_validate({"max_new_tokens": 6, **settings})
+    uniforms = torch.rand(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    prompts = pad_left(random_prompts(9), 0)
+    found = []
+    for logits, doubles in [(10**6, 10**6), (4 * small.vocab_size, small.vocab_size)]:
+        monkeypatch.setattr(decoding, "MAX_LOGITS", logits)
+        monkeypatch.setattr(decoding, "MAX_FLOAT64", doubles)
+        found.append(
+            decode(small, None, prompts.input_ids_BP, prompts.attention_mask_BP, uniforms, config, [1], ValueHead(32))
+        )
+    whole, chunks = found
+    assert torch.equal(whole.response_ids_NR, chunks.response_ids_NR)
+    assert torch.equal(whole.response_mask_NR, chunks.response_mask_NR)
+    torch.testing.assert_close(whole.logprobs_NR, chunks.logprobs_NR, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole.entropy_NR, chunks.entropy_NR, atol=1e-5, rtol=0)
+    assert whole.truncated_mass == pytest.approx(chunks.truncated_mass, abs=1e-6)
 
 
 def test_a_chunk_is_64_mebibytes(monkeypatch: pytest.MonkeyPatch) -> None:
