@@ -7,6 +7,7 @@ Recipes are imported inside the verbs, so that `rlhf --help` does not wait for t
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -228,6 +229,8 @@ def main() -> None:
     """Entry point: errors that the user can mend become one sentence and exit code 2."""
     from rlhf.infra.interrupt import Stopped
 
+    # transformers imports it where it is installed, and it then misses a kernel that only its inference layout uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
     except UserError as error:
