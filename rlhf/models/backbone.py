@@ -182,9 +182,16 @@ class Backbone(nn.Module):
         Raises:
             UserError: the architecture has no blocks of which transformers says that they can be computed again.
         """
-        # In the backward pass another adapter may be in use than in the forward before it.
-        self._recomputed = enable_recomputation(self.model, lambda: partial(self.using, self._in_use))
+        # In the backward pass another adapter may be in use than in the forward before it, and other positions wanted.
+        self._recomputed = enable_recomputation(
+            self.model, lambda: partial(self._as_it_was, self._in_use, self._last_mlp.wanted)
+        )
         self.notes.append(f"gradient checkpointing: {len(self._recomputed)} blocks are computed again in each backward")
+
+    @contextmanager
+    def _as_it_was(self, adapter: str | None, wanted: Tensor | None) -> Iterator[None]:
+        with self.using(adapter), self._last_mlp.at(wanted):
+            yield
 
     def add_adapter(self, name: str, config: LoRAConfig) -> None:
         """Put a fresh adapter (the identity until it is trained) beside those that are there."""
@@ -279,9 +286,7 @@ class Backbone(nn.Module):
                 arguments |= {"use_cache": False}
         trains = cache is None and torch.is_grad_enabled()
         again = recomputing(self._recomputed) if trains else nullcontext()
-        # A block that runs again in the backward pass no longer knows what was wanted.
-        whole = wanted_BT is None or (trains and bool(self._recomputed))
-        narrowed = nullcontext() if whole else self._last_mlp.only_at(wanted_BT)
+        narrowed = nullcontext() if wanted_BT is None else self._last_mlp.only_at(wanted_BT)
         with self.using(adapter), again, autocast(input_ids_BT.device, self.dtype_name), narrowed:
             hidden_BTD: Tensor = trunk(**arguments).last_hidden_state
         return hidden_BTD

@@ -8,7 +8,7 @@ not. On eight layers and prompts longer than their answers this is a twentieth o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,34 +19,38 @@ class LastMLP:
     """Hooks on the MLP of a model's last block, asleep outside `only_at`; a model without such a part has none."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._wanted: Tensor | None = None  # flat positions
+        self.wanted: Tensor | None = None  # flat positions, inside `only_at`
         self._shape = torch.Size()
         mlp = _find(model)
         if mlp is not None:
             mlp.register_forward_pre_hook(self._narrow)
             mlp.register_forward_hook(self._widen)
 
-    @contextmanager
-    def only_at(self, wanted_BT: Tensor) -> Iterator[None]:
+    def only_at(self, wanted_BT: Tensor) -> AbstractContextManager[None]:
         """Inside the block the last MLP runs where `wanted_BT` is True; hidden states elsewhere are of no use."""
-        self._wanted = wanted_BT.flatten().nonzero().squeeze(-1)
+        return self.at(wanted_BT.flatten().nonzero().squeeze(-1))
+
+    @contextmanager
+    def at(self, wanted: Tensor | None) -> Iterator[None]:
+        """The same with flat positions; None: everywhere."""
+        former, self.wanted = self.wanted, wanted
         try:
             yield
         finally:
-            self._wanted = None
+            self.wanted = former
 
     def _narrow(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._wanted is None:
+        if self.wanted is None:
             return None
         hidden, *others = arguments
         self._shape = hidden.shape
-        return hidden.flatten(0, -2).index_select(0, self._wanted), *others
+        return hidden.flatten(0, -2).index_select(0, self.wanted), *others
 
     def _widen(self, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if self._wanted is None:
+        if self.wanted is None:
             return None
         whole = output.new_zeros(self._shape.numel() // self._shape[-1], self._shape[-1])
-        return whole.index_copy(0, self._wanted, output).view(self._shape)
+        return whole.index_copy(0, self.wanted, output).view(self._shape)
 
 
 def _find(model: PreTrainedModel) -> nn.Module | None:

@@ -24,7 +24,7 @@ def enable_recomputation(model: nn.Module, setting_now: Callable[[], Setting]) -
     """Make ready the blocks that transformers can compute again, and return them; nothing changes before `recomputing`.
 
     `setting_now` is called when a block is computed first. It returns how to make the context in which the block is
-    computed again: of whatever decides what it computes and may have changed since (the active adapter).
+    computed again: of whatever decides what it computes and may have changed since, such as the active adapter.
 
     Raises:
         UserError: the model has no such blocks.

@@ -290,10 +290,10 @@ def test_merging_for_good_gives_dense_layers_with_the_same_outputs(
     torch.testing.assert_close(logits_of(loaded.backbone, None), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_full_fine_tuning_goes_on_from_the_original_weights(
+def test_C5_full_fine_tuning_goes_on_from_the_original_weights(
     bases: dict[str, Path], trained: tuple[Path, list[dict[str, float]]]
 ) -> None:
-    """C5: the adapter is merged into the base that was quantised, not into what its codes stand for."""
+    """The adapter is merged into the base that was quantised, not into what its codes stand for."""
     folder, _ = trained
     merged = load_policy("sft", ModelConfig(train="full"), folder, CPU)
     assert merged.adapter is None and not merged.backbone.is_quantised
