@@ -28,7 +28,7 @@ from rlhf.models.last_mlp import LastMLP
 from rlhf.models.lora_layer import LoRALinear
 from rlhf.models.policy import Policy
 from rlhf.models.value_head import ValueHead
-from rlhf.recipes.dpo import summed_logprobs
+from rlhf.recipes.offline import summed_logprobs
 
 ROWS, PROMPT, RESPONSE, MICRO_ROWS = 32, 64, 48, 9
 

@@ -34,7 +34,9 @@ ConfigOption = Annotated[
 ]
 Recipe = Annotated[
     str,
-    typer.Argument(help="pretrain, sft, rm, prm, dpo, ppo, eval or pipeline.", show_default=False, metavar="RECIPE"),
+    typer.Argument(
+        help="pretrain, sft, rm, prm, dpo, kto, ppo, eval or pipeline.", show_default=False, metavar="RECIPE"
+    ),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as section.key=value.", show_default=False)]
 
@@ -77,11 +79,20 @@ def prm(config: ConfigOption = None, overrides: Overrides = None) -> None:
 
 @app.command()
 def dpo(config: ConfigOption = None, overrides: Overrides = None) -> None:
-    """Direct preference optimisation."""
+    """Preference pairs without a reward model: DPO, IPO, SimPO, ORPO and their kin, by loss=NAME."""
     from rlhf.infra.config import load_config
     from rlhf.recipes.dpo import DPOConfig, run_dpo
 
     _say(run_dpo(load_config(DPOConfig, config, overrides or ())))
+
+
+@app.command()
+def kto(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """KTO: learn from answers with a thumb up or down."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.kto import KTOConfig, run_kto
+
+    _say(run_kto(load_config(KTOConfig, config, overrides or ())))
 
 
 @app.command()
@@ -117,7 +128,9 @@ def pipeline(config: ConfigOption = None, overrides: Overrides = None) -> None:
 
 @app.command()
 def doctor(
-    recipe: Annotated[str, typer.Argument(help="sft, rm, dpo, ppo or pipeline.", show_default=False, metavar="RECIPE")],
+    recipe: Annotated[
+        str, typer.Argument(help="sft, rm, dpo, kto, ppo or pipeline.", show_default=False, metavar="RECIPE")
+    ],
     config: ConfigOption = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,

@@ -84,6 +84,12 @@ class PairBatch:
         return PairBatch(self.batch.to(device), self.margins_B.to(device))
 
     @property
+    def num_answer_tokens(self) -> Tensor:
+        """Trained tokens of every answer: (2 B,), chosen first."""
+        mask_BT = self.batch.loss_mask_BT
+        return self.batch.branch_sums(mask_BT) if isinstance(self.batch, Forest) else mask_BT.sum(dim=1)
+
+    @property
     def num_pairs(self) -> int:
         """Number of pairs (half the number of rows)."""
         return int(self.margins_B.shape[0])

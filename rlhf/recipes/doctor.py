@@ -23,9 +23,10 @@ from rlhf.infra.device import check_dtype, resolve_device, set_num_threads
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import RunConfig
 from rlhf.recipes.doctor_ppo import examine_ppo
-from rlhf.recipes.doctor_stages import START, examine_dpo, examine_reward, examine_sft
+from rlhf.recipes.doctor_stages import START, examine_dpo, examine_kto, examine_reward, examine_sft
 from rlhf.recipes.doctor_subject import NUM_PAIRS, NUM_ROWS, CannotGoOnError, sampled
 from rlhf.recipes.dpo import DPOConfig
+from rlhf.recipes.kto import KTOConfig
 from rlhf.recipes.pipeline import PipelineConfig, with_sources
 from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.pretrain import prepare as prepare_pretrain
@@ -34,7 +35,7 @@ from rlhf.recipes.reward import RewardConfig
 from rlhf.recipes.sft import SFTConfig
 from rlhf.recipes.stages import save_policy
 
-RECIPES = ("sft", "rm", "dpo", "ppo", "pipeline")
+RECIPES = ("sft", "rm", "dpo", "kto", "ppo", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def _examined(config: Config, scratch: Path) -> Iterator[StageFinding]:
         yield from _stage("rm", config.run, lambda device: examine_reward(config, device, scratch))
     elif isinstance(config, DPOConfig):
         yield from _stage("dpo", config.run, lambda device: examine_dpo(config, device, scratch))
+    elif isinstance(config, KTOConfig):
+        yield from _stage("kto", config.run, lambda device: examine_kto(config, device, scratch))
     else:
         assert isinstance(config, PPOConfig)
         yield from _stage("ppo", config.run, lambda device: examine_ppo(config, device, scratch))

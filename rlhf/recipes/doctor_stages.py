@@ -7,6 +7,7 @@ pipeline, is where the untrained stand-in of the stage is left for the stages th
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,17 +15,24 @@ from torch import Tensor
 
 from rlhf.data.chat import TokenExample, join
 from rlhf.data.collate import Batch, collate_packed, pad_right, pair_batch
+from rlhf.data.data_config import DataConfig
 from rlhf.data.instruction_dataset import InstructionDataset
 from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
 from rlhf.data.rows import InstructionRow, Prompt
+from rlhf.data.token_dataset import TokenDataset
+from rlhf.data.unpaired_dataset import UnpairedDataset, UnpairedExample
 from rlhf.eval.doctor import model_checks, reward_checks, row_checks, token_checks
 from rlhf.eval.doctor.finding import Check, Finding
 from rlhf.models.lora import delete_adapter
-from rlhf.models.policy import masked_logprobs
+from rlhf.models.policy import Policy, masked_logprobs
+from rlhf.models.reference import Reference
 from rlhf.models.reward_model import RewardModel
-from rlhf.recipes.doctor_subject import UNLIMITED, Subject, sampled
-from rlhf.recipes.dpo import DPOConfig, summed_logprobs
+from rlhf.recipes.doctor_subject import UNLIMITED, ItemT, Subject, sampled
+from rlhf.recipes.dpo import DPOConfig
 from rlhf.recipes.dpo import prepare as prepare_dpo
+from rlhf.recipes.kto import KTOConfig
+from rlhf.recipes.kto import prepare as prepare_kto
+from rlhf.recipes.offline import summed_logprobs
 from rlhf.recipes.reward import RewardConfig, longest_side
 from rlhf.recipes.reward import prepare as prepare_reward
 from rlhf.recipes.sft import SFTConfig
@@ -90,20 +98,50 @@ def examine_dpo(config: DPOConfig, device: torch.device, scratch: Path) -> Itera
     subject = yield from _pair_tokens(config, config.policy, scratch, "DPO")
     limited = config.model_copy(update={"data": sampled(config.data)})
     parts = prepare_dpo(limited, device, scratch / "rejected.jsonl")
-    policy, reference, backbone = parts.policy, parts.reference, parts.policy.backbone
-    yield START.green(f"{backbone.name}; {parts.train.report}")
+    yield START.green(f"{parts.policy.backbone.name}; {parts.train.report}")
     pairs = subject.spread(parts.train.examples, longest_side)
-    batch = pair_batch(pairs, backbone.tokenizer.pad_token_id).batch.to(device)
+    batch = pair_batch(pairs, parts.policy.backbone.tokenizer.pad_token_id).batch.to(device)
+    yield from _beside_reference(config, subject, parts.policy, parts.reference, _both_sides(pairs), batch)
+
+
+def examine_kto(config: KTOConfig, device: torch.device, scratch: Path) -> Iterator[Finding]:
+    """Tokens of the answers, padding, dropout, distance from the reference and learning rate of KTO."""
+
+    def tokens(examples: Sequence[UnpairedExample]) -> list[TokenExample]:
+        return [example.tokens for example in examples]
+
+    def length(example: UnpairedExample) -> int:
+        return len(example.prompt_ids) + len(example.answer_ids)
+
+    subject = yield from _answer_tokens(
+        config, config.policy, scratch, "KTO", UnpairedDataset, length, tokens, lambda e, pad: pad_right(tokens(e), pad)
+    )
+    limited = config.model_copy(update={"data": sampled(config.data)})
+    parts = prepare_kto(limited, device, scratch / "rejected.jsonl")
+    yield START.green(f"{parts.policy.backbone.name}; {parts.train.report}")
+    rows = tokens(subject.spread(parts.train.examples, length))
+    batch = pad_right(rows, parts.policy.backbone.tokenizer.pad_token_id).to(device)
+    yield from _beside_reference(config, subject, parts.policy, parts.reference, rows, batch)
+
+
+def _beside_reference(
+    config: DPOConfig | KTOConfig,
+    subject: Subject,
+    policy: Policy,
+    reference: Reference | None,
+    rows: Sequence[TokenExample],
+    batch: Batch,
+) -> Iterator[Finding]:
+    """T1, P2, P8 and O12 of a policy that trains on answers; `reference` None: its loss asks for none."""
 
     def under_policy() -> Tensor:
-        return summed_logprobs(backbone, policy.adapter, batch)
+        return summed_logprobs(policy.backbone, policy.adapter, batch)
 
-    def under_reference() -> Tensor:
-        return summed_logprobs(reference.backbone, reference.adapter, batch)
-
-    yield model_checks.left_padding_changes_nothing(backbone, policy.adapter, _both_sides(pairs))
+    yield model_checks.left_padding_changes_nothing(policy.backbone, policy.adapter, rows)
     yield model_checks.no_dropout(under_policy, policy)
-    yield model_checks.pairs_start_at_reference(under_policy, under_reference)
+    if reference is not None:
+        under_reference = partial(summed_logprobs, reference.backbone, reference.adapter, batch)
+        yield model_checks.pairs_start_at_reference(under_policy, under_reference)
     num_steps = config.training.num_steps(subject.num_rows)
     yield model_checks.learning_rate_moves_weights(
         policy.trainable_parameters(), config.optimizer, num_steps, config.run.dtype
@@ -113,18 +151,43 @@ def examine_dpo(config: DPOConfig, device: torch.device, scratch: Path) -> Itera
 def _pair_tokens(
     config: RewardConfig | DPOConfig, source: str, scratch: Path, recipe: str
 ) -> Generator[Finding, None, Subject]:
-    """Checks of the tokens of preference pairs, before the model is loaded; returns what they were made on."""
+    return _answer_tokens(
+        config,
+        source,
+        scratch,
+        recipe,
+        PreferenceDataset,
+        longest_side,
+        _both_sides,
+        lambda pairs, pad: pair_batch(pairs, pad).batch,
+    )
+
+
+def _answer_tokens(
+    config: RewardConfig | DPOConfig | KTOConfig,
+    source: str,
+    scratch: Path,
+    recipe: str,
+    kind: type[TokenDataset[ItemT, DataConfig]],
+    length: Callable[[ItemT], int],
+    tokens: Callable[[Sequence[ItemT]], list[TokenExample]],
+    collate: Callable[[Sequence[ItemT], int], Batch],
+) -> Generator[Finding, None, Subject]:
+    """Checks of tokens, before the model is loaded; returns what they were made on.
+
+    `tokens` gives the rows of examples in the order in which `collate` has them.
+    """
     subject = Subject.open(source, config.model, config.data, config.run.output_dir, scratch)
     encoder = subject.encoder
-    kept, finding = subject.within_length(PreferenceDataset, config.data, longest_side)
+    kept, finding = subject.within_length(kind, config.data, length)
     yield finding
-    examples, pairs = _both_sides(kept), subject.spread(kept, longest_side)
+    examples, some = tokens(kept), subject.spread(kept, length)
     yield subject.bos(recipe, [example.input_ids for example in examples])
 
     def encode(prompt: Prompt, answer: str) -> TokenExample:
         return join(encoder.prompt_ids(prompt), encoder.response_ids(prompt, answer))
 
-    yield from _answers(subject, examples, encode, _both_sides(pairs), lambda pad: pair_batch(pairs, pad).batch)
+    yield from _answers(subject, examples, encode, tokens(some), lambda pad: collate(some, pad))
     return subject
 
 

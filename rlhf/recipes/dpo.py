@@ -1,4 +1,4 @@
-"""Direct preference optimisation: pairs train the policy without a reward model and without sampling."""
+"""Direct preference optimisation and its relatives: pairs train the policy, without a reward model or sampling."""
 
 from __future__ import annotations
 
@@ -8,27 +8,25 @@ from pathlib import Path
 
 import torch
 from pydantic import Field, model_validator
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf.algo.preference_loss import PREFERENCE_LOSSES, PairLogRatios
-from rlhf.algo.trainer import LossOutput, OptimizerConfig, Trainer
+from rlhf.algo.preference_loss import PREFERENCE_LOSSES, LossSettings, PairLogRatios, PreferenceLoss
+from rlhf.algo.trainer import LossOutput, OptimizerConfig
 from rlhf.data.chat import ChatEncoder
-from rlhf.data.collate import Batch, PairBatch, batches_by_tokens, pair_batch, pair_forest
+from rlhf.data.collate import PairBatch, batches_by_tokens, pair_batch, pair_forest
 from rlhf.data.data_config import DataConfig
-from rlhf.data.forest import Forest
 from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
 from rlhf.infra.config import Config
-from rlhf.infra.durable import sync_file
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.models.backbone import Backbone, ModelConfig
-from rlhf.models.policy import Policy, forest_logprobs, masked_logprobs
+from rlhf.models.policy import Policy
 from rlhf.models.reference import Reference
-from rlhf.recipes.launch import launch, stage_cost
+from rlhf.recipes.launch import launch
+from rlhf.recipes.offline import idle_policy_keys, kept_logprobs, summed_logprobs, train_policy
 from rlhf.recipes.reward import num_tokens, row_width
 from rlhf.recipes.sft import announce
-from rlhf.recipes.stages import POLICY, save_policy, start_policy
-from rlhf.recipes.supervised import Method, SupervisedLoop, TrainingConfig, Validation
+from rlhf.recipes.stages import start_policy, start_policy_alone
+from rlhf.recipes.supervised import Method, TrainingConfig, Validation
 
 
 class DPOConfig(Config):
@@ -40,8 +38,21 @@ class DPOConfig(Config):
     )
     model: ModelConfig = Field(default_factory=ModelConfig, description="adapters, where the policy brings none")
     data: DataConfig = Field(default_factory=DataConfig, description="preference pairs")
-    loss: str = Field("sigmoid", pattern=f"^({'|'.join(PREFERENCE_LOSSES)})$", description="which preference loss")
-    beta: float = Field(0.1, gt=0, description="strength of the pull towards the reference")
+    loss: str = Field(
+        "sigmoid",
+        pattern=f"^({'|'.join(PREFERENCE_LOSSES)})$",
+        description="sigmoid is DPO; simpo and orpo have no reference; KTO is a recipe of its own, `rlhf kto`",
+    )
+    beta: float | None = Field(
+        None,
+        gt=0,
+        description="pull towards the reference; simpo: scale of the margin; orpo: weight of the odds ratio; "
+        "null: as is usual for the loss, 0.1, simpo 2",
+    )
+    label_smoothing: float = Field(
+        0.1, gt=0, lt=0.5, description="cdpo and robust: share of the pairs held to be labelled the wrong way round"
+    )
+    simpo_gamma: float = Field(1.0, ge=0, description="simpo: margin that beta times the difference is to exceed")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="length and batches")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
 
@@ -53,26 +64,42 @@ class DPOConfig(Config):
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
-        idle = self.training.idle_keys_with(self.data.has_validation)
-        idle["model.name_or_path"] = "`policy` names the model"
-        if self.model.lora.lora_dropout > 0:
-            idle["model.lora.lora_dropout"] = "dropout acts in SFT and reward modelling only"
+        idle = idle_policy_keys(self.model, self.training, self.data.has_validation)
+        for name in ("label_smoothing", "simpo_gamma"):
+            if name not in self.preference_loss.settings:
+                readers = [loss for loss, about in PREFERENCE_LOSSES.items() if name in about.settings]
+                idle[name] = f"loss is {self.loss}; {' and '.join(readers)} would read it"
         return idle
+
+    @property
+    def preference_loss(self) -> PreferenceLoss:
+        """The loss that `loss` names."""
+        return PREFERENCE_LOSSES[self.loss]
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """The numbers that it reads."""
+        return LossSettings(
+            self.preference_loss.beta if self.beta is None else self.beta, self.label_smoothing, self.simpo_gamma
+        )
 
 
 @dataclass(frozen=True)
 class ReferencePass:
-    """Summed response log-probabilities of every pair under the reference: (N, 2), chosen and rejected."""
+    """Summed response log-probabilities of every pair under the reference: (N, 2), chosen and rejected.
+
+    Zeros for a loss that has no reference: log-ratios are then log-probabilities.
+    """
 
     logprobs_N2: Tensor
 
 
 @dataclass(frozen=True)
 class DPOParts:
-    """Policy, reference and tokenised pairs, loaded and found usable."""
+    """Policy, reference (None: the loss asks none) and tokenised pairs, loaded and found usable."""
 
     policy: Policy
-    reference: Reference
+    reference: Reference | None
     train: PreferenceDataset
     validation: PreferenceDataset | None
 
@@ -93,10 +120,15 @@ def run_dpo(config: DPOConfig, resume: Path | None = None) -> Run:
 
 def prepare(config: DPOConfig, device: torch.device, rejected_rows: Path) -> DPOParts:
     """Policy and reference on one base, and the pairs."""
-    start = start_policy(config.policy, config.model, config.run, device)
-    encoder = ChatEncoder(start.policy.backbone.tokenizer, config.data.system_prompt)
+    source = (config.policy, config.model, config.run, device)
+    if config.preference_loss.has_reference:
+        started = start_policy(*source)
+        policy, reference = started.policy, started.reference
+    else:
+        policy, reference = start_policy_alone(*source), None
+    encoder = ChatEncoder(policy.backbone.tokenizer, config.data.system_prompt)
     data, validation = PreferenceDataset.load(config.data, encoder, rejected_rows)
-    return DPOParts(start.policy, start.reference, data, validation)
+    return DPOParts(policy, reference, data, validation)
 
 
 def train(config: DPOConfig, run: Run, parts: DPOParts) -> tuple[int, int]:
@@ -107,16 +139,7 @@ def train(config: DPOConfig, run: Run, parts: DPOParts) -> tuple[int, int]:
     train_pass = reference_pass(parts.reference, parts.train, limit, run)
     validation_pass = reference_pass(parts.reference, parts.validation, limit, run)
     method = dpo_method(parts.policy, parts.train.examples, held, train_pass, validation_pass, config)
-    trainer = Trainer(
-        parts.policy.trainable_parameters(),
-        config.optimizer,
-        config.training.num_steps(len(parts.train)),
-        scale_loss=config.run.dtype == "fp16",
-    )
-    progress = SupervisedLoop(run, trainer, config.training, method, "DPO").train()
-    if run.stop_reason != "interrupted":
-        save_policy(parts.policy.backbone, parts.policy.adapter, run.folder / POLICY)
-    return stage_cost(progress)
+    return train_policy(run, parts.policy, method, config.training, config.optimizer, "DPO")
 
 
 def dpo_method(
@@ -130,7 +153,7 @@ def dpo_method(
     """The preference loss on log-ratios to the reference; chosen and rejected go through the policy in one batch."""
     limit, device = config.training.max_tokens_per_micro_batch, policy.backbone.device
     width = row_width(policy.backbone.takes_forests)
-    loss_function = PREFERENCE_LOSSES[config.loss]
+    preference_loss, settings = config.preference_loss, config.loss_settings
 
     def collate(part: Sequence[PreferenceExample], reference_n2: Tensor) -> list[tuple[PairBatch, Tensor]]:
         groups = batches_by_tokens([width(example) for example in part], limit)
@@ -140,14 +163,17 @@ def dpo_method(
         pairs, reference_B2 = batch
         logprobs_2B = summed_logprobs(policy.backbone, policy.adapter, pairs.batch)
         chosen_B, rejected_B = logprobs_2B.chunk(2)
-        ratios = PairLogRatios(chosen_B - reference_B2[:, 0], rejected_B - reference_B2[:, 1])
-        loss = loss_function(ratios, config.beta).sum() / num_pairs
+        ratios_2B = logprobs_2B - reference_B2.T.flatten()
+        if preference_loss.per_token:
+            ratios_2B = ratios_2B / pairs.num_answer_tokens
+        ratios = PairLogRatios(*ratios_2B.chunk(2))
+        loss = preference_loss.of(ratios, settings).sum() / num_pairs
         margin = ratios.margin_B.detach()
         metrics = {
             "train/accuracy": ((margin > 0).float() + 0.5 * (margin == 0).float()).sum() / num_pairs,
-            "train/margin": config.beta * margin.sum() / num_pairs,
-            "train/chosen_reward": config.beta * ratios.chosen_B.detach().sum() / num_pairs,
-            "train/rejected_reward": config.beta * ratios.rejected_B.detach().sum() / num_pairs,
+            "train/margin": settings.beta * margin.sum() / num_pairs,
+            "train/chosen_reward": settings.beta * ratios.chosen_B.detach().sum() / num_pairs,
+            "train/rejected_reward": settings.beta * ratios.rejected_B.detach().sum() / num_pairs,
             "train/chosen_logprob": chosen_B.detach().sum() / num_pairs,
             "train/rejected_logprob": rejected_B.detach().sum() / num_pairs,
         }
@@ -175,42 +201,29 @@ def dpo_method(
 
 
 @torch.no_grad()
-def reference_pass(reference: Reference, data: PreferenceDataset | None, max_tokens: int, run: Run) -> ReferencePass:
+def reference_pass(
+    reference: Reference | None, data: PreferenceDataset | None, max_tokens: int, run: Run
+) -> ReferencePass:
     """Reference log-probabilities, once per data set: kept in the run folder under the hash of the tokens."""
-    if data is None:
-        return ReferencePass(torch.zeros(0, 2))
-    place = run.folder / "cache" / f"reference-{data.content_hash()[:16]}.safetensors"
-    if place.is_file():
-        return ReferencePass(load_file(place)["logprobs_N2"])
-    backbone, logprobs_N2 = reference.backbone, torch.zeros(len(data), 2)
+    if reference is None or data is None:
+        return ReferencePass(torch.zeros(len(data or ()), 2))
+    backbone = reference.backbone
     width = row_width(backbone.takes_forests)
-    for group in batches_by_tokens([width(example) for example in data.examples], 2 * max_tokens):
-        pairs = collated(backbone, [data.examples[i] for i in group])
-        logprobs_N2[group] = summed_logprobs(backbone, reference.adapter, pairs.batch).view(2, -1).T.cpu()
-    place.parent.mkdir(exist_ok=True)
-    aside = place.with_suffix(".partial")  # a run killed while it writes must not find half of it
-    save_file({"logprobs_N2": logprobs_N2}, aside)
-    sync_file(aside)
-    aside.replace(place)
-    return ReferencePass(logprobs_N2)
+
+    def compute() -> Tensor:
+        logprobs_N2 = torch.zeros(len(data), 2)
+        for group in batches_by_tokens([width(example) for example in data.examples], 2 * max_tokens):
+            pairs = collated(backbone, [data.examples[i] for i in group])
+            logprobs_N2[group] = summed_logprobs(backbone, reference.adapter, pairs.batch).view(2, -1).T.cpu()
+        return logprobs_N2
+
+    return ReferencePass(kept_logprobs(run, data.content_hash(), compute))
 
 
 def collated(backbone: Backbone, pairs: Sequence[PreferenceExample]) -> PairBatch:
     """Pairs as the model reads them: their prompts once where it allows that."""
     made = (pair_forest if backbone.takes_forests else pair_batch)(pairs, backbone.tokenizer.pad_token_id)
     return made.to(backbone.device)
-
-
-def summed_logprobs(backbone: Backbone, adapter: str | None, batch: Batch | Forest) -> Tensor:
-    """log pi(answer | prompt), in nats: the sum over the tokens under the loss mask.
-
-    Of every row (B,) or of every branch (K * B,), all first branches before all second ones.
-    """
-    if isinstance(batch, Forest):
-        return batch.branch_sums(forest_logprobs(backbone, adapter, batch))
-    return masked_logprobs(backbone, adapter, batch.input_ids_BT, batch.attention_mask_BT, batch.loss_mask_BT).sum(
-        dim=1
-    )
 
 
 def compute_log_probs(

@@ -11,6 +11,7 @@ from rlhf.infra.experiment import Run
 from rlhf.infra.run_folder import CONFIG, read_run_info
 from rlhf.recipes.dpo import DPOConfig, run_dpo
 from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
+from rlhf.recipes.kto import KTOConfig, run_kto
 from rlhf.recipes.pipeline import PipelineConfig
 from rlhf.recipes.ppo import run_ppo
 from rlhf.recipes.ppo_config import PPOConfig
@@ -25,6 +26,7 @@ CONFIGS: dict[str, type[Config]] = {
     "reward": RewardConfig,
     "prm": ProcessRewardConfig,
     "dpo": DPOConfig,
+    "kto": KTOConfig,
     "ppo": PPOConfig,
     "eval": EvaluateConfig,
     "pipeline": PipelineConfig,
@@ -62,6 +64,8 @@ def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -
         return run_prm(config, folder)
     if isinstance(config, DPOConfig):
         return run_dpo(config, folder)
+    if isinstance(config, KTOConfig):
+        return run_kto(config, folder)
     if isinstance(config, PPOConfig):
         return run_ppo(config, folder)
     assert isinstance(config, EvaluateConfig)

@@ -1,4 +1,4 @@
-"""The loop that SFT, the reward model and DPO have in common: epochs over rows, validation, the best weights kept.
+"""The loop that SFT, the reward model, DPO and KTO have in common: epochs over rows, validation, the best weights kept.
 
 Everything is a function of the step number: the order of an epoch comes from (seed, epoch), so a run that was
 interrupted goes on with the very rows it would have seen. What differs between the methods, the loss of a micro-batch
@@ -68,6 +68,12 @@ class TrainingConfig(Config):
         steps = max(1, round(self.num_train_epochs * per_epoch))
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
+    def rows_of_step(self, num_rows: int, seed: int, step: int) -> list[int]:
+        """The rows that an optimizer step (from 0) takes: a function of these numbers alone."""
+        epoch, place = divmod(step, math.ceil(num_rows / self.rows_per_step))
+        order = epoch_order(num_rows, seed, epoch)
+        return list(order[place * self.rows_per_step : (place + 1) * self.rows_per_step])
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -84,7 +90,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Method(Generic[MicroBatch]):
-    """What makes the loop SFT, reward modelling or DPO.
+    """What makes the loop SFT, reward modelling, DPO or KTO.
 
     `micro_batches(rows)` collates the rows of one optimizer step; `loss(micro_batch, rows)` divides by the counts of
     the whole step; `num_tokens(rows)` is what a step processes; `validate()` measures the current weights, or is None.
@@ -160,7 +166,7 @@ class SupervisedLoop(Generic[MicroBatch]):
     def _one_step(self) -> StepReport:
         seed = derive_seed(self.run.config.seed, self.name, self.progress.step)
         seed_everything(seed)
-        rows = self._rows(self.progress.step)
+        rows = self.config.rows_of_step(self.method.num_rows, self.run.config.seed, self.progress.step)
         with self.timer("update"):
             micro_batches, loss = self.method.micro_batches(rows), self.method.loss(rows)
             report = self.trainer.step(micro_batches, loss)
@@ -169,12 +175,6 @@ class SupervisedLoop(Generic[MicroBatch]):
         if report.skipped:
             self.guard.examine(report, micro_batches, loss, seed)
         return report
-
-    def _rows(self, step: int) -> list[int]:
-        per_epoch = math.ceil(self.method.num_rows / self.config.rows_per_step)
-        epoch, place = divmod(step, per_epoch)
-        order = epoch_order(self.method.num_rows, self.run.config.seed, epoch)
-        return list(order[place * self.config.rows_per_step : (place + 1) * self.config.rows_per_step])
 
     def _last_step(self) -> bool:
         return self.progress.done or self.progress.step >= self.num_steps

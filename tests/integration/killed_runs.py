@@ -154,20 +154,23 @@ class Workshop:
         prompts = [f"{a} {b}" for a in WORDS for b in WORDS[:3]]
         self._write("prompts", [{"prompt": prompt} for prompt in prompts])
         self._write("pairs", [{"prompt": prompt, "chosen": "good", "rejected": "bad"} for prompt in prompts])
+        thumbs = [{"prompt": prompt, "completion": "good", "label": True} for prompt in prompts[::2]]
+        self._write("thumbs", thumbs + [row | {"completion": "bad", "label": False} for row in thumbs])
         self._write("answers", [{"prompt": prompt, "completion": prompt} for prompt in prompts])
         # Held-out rows that contradict the others: the first validation is the best, and must survive all later ones.
         self._write("pairs_held", [{"prompt": "four", "chosen": "bad", "rejected": "good"}])
+        self._write("thumbs_held", [{"prompt": "four", "completion": "bad", "label": True}])
         self._write("answers_held", [{"prompt": "four", "completion": "horse white horse"}])
         self.straight: dict[str, tuple[Path, Ended]] = {}
         made = command(folder / "made", "sft", *self.settings("sft", "source"))
         assert made.code == 0, made.output
 
-    def _write(self, name: str, rows: list[dict[str, str]]) -> None:
+    def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
         (self.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def settings(self, recipe: str, name: str) -> list[str]:
         """A few steps in which everything that a checkpoint must hold is in use."""
-        data = {"ppo": "prompts", "sft": "answers"}.get(recipe, "pairs")
+        data = {"ppo": "prompts", "sft": "answers", "kto": "thumbs"}.get(recipe, "pairs")
         shared = [
             f"run.output_dir={self.folder}",
             f"run.name={name}",
@@ -198,8 +201,8 @@ class Workshop:
                 "kl.target=0.05",
                 "kl.horizon=20",
             ]
-        source = {"sft": "model.name_or_path", "rm": "backbone", "dpo": "policy"}[recipe]
-        dropout = [] if recipe == "dpo" else ["model.lora.lora_dropout=0.3"]
+        source = {"sft": "model.name_or_path", "rm": "backbone", "dpo": "policy", "kto": "policy"}[recipe]
+        dropout = [] if source == "policy" else ["model.lora.lora_dropout=0.3"]
         return [
             *shared,
             f"{source}={self.folder / 'base'}",

@@ -28,6 +28,7 @@ from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.recipes.dpo import run_dpo
 from rlhf.recipes.evaluate import run_evaluation
+from rlhf.recipes.kto import run_kto
 from rlhf.recipes.pipeline import PipelineConfig, WorldConfig, write_world
 from rlhf.recipes.ppo import run_ppo
 from rlhf.recipes.pretrain import run_pretrain
@@ -42,6 +43,7 @@ RUNNERS: dict[str, Callable[..., Any]] = {
     "reward": run_reward,
     "prm": run_prm,
     "dpo": run_dpo,
+    "kto": run_kto,
     "ppo": run_ppo,
     "eval": run_evaluation,
 }

@@ -12,7 +12,7 @@ from killed_runs import Workshop, assert_same_run, chosen, command, log_lines, n
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and fork exist on Unix only")
 
-RECIPES = ["ppo", "sft", "rm", "dpo"]
+RECIPES = ["ppo", "sft", "rm", "dpo", "kto"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def within(moments: list[str], first: str, last: str) -> list[int]:
     return list(range(moments.index(first), moments.index(last)))
 
 
-@pytest.mark.parametrize("recipe", ["sft", "rm", "dpo"])
+@pytest.mark.parametrize("recipe", ["sft", "rm", "dpo", "kto"])
 def test_c1_a_killed_run_goes_on_bit_for_bit(workshop: Workshop, recipe: str) -> None:
     (moment,) = chosen(workshop.uninterrupted(recipe)[1].moments, "gradients 3")
     goes_on(workshop, recipe, moment)

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tiny_backbones import WORDS, add_trained_adapter, random_prompts, tiny_backbone
+from tiny_backbones import WORDS, add_trained_adapter, random_prompts, tiny_backbone, word_tokenizer
 from torch import Tensor, nn
 
 from rlhf.data.chat import ChatEncoder
+from rlhf.data.data_config import DataConfig
 from rlhf.data.preference_dataset import PreferenceExample
 from rlhf.data.prompt_dataset import PromptExample
-from rlhf.data.rows import PreferenceRow, Prompt
+from rlhf.data.rows import LabelledRow, PreferenceRow, Prompt
+from rlhf.data.unpaired_dataset import UnpairedDataset
 from rlhf.infra.experiment import Run
 from rlhf.models.backbone import Backbone
 from rlhf.models.decoding import GenerationConfig
@@ -77,6 +79,16 @@ def pairs(count: int, seed: int = 0) -> list[PreferenceExample]:
         PreferenceExample(prompt, [*chosen, 1], [*rejected, 1], 0.1 * index, PreferenceRow("p", "c", "r"))
         for index, (prompt, chosen, rejected) in enumerate(zip(*parts, strict=True))
     ]
+
+
+def labelled(count: int, seed: int = 0, **settings: Any) -> UnpairedDataset:
+    """Answers with a thumb, three up for two down; every third prompt has two of them, as in a pair taken apart."""
+    texts = [" ".join(WORDS[i - 3] for i in ids) for ids in random_prompts(2 * count, seed=seed)]
+    rows = [
+        LabelledRow(f"{WORDS[(i - (i % 3 == 1)) % 20]} {texts[0]}", texts[count + i], i % 5 < 3) for i in range(count)
+    ]
+    config = DataConfig.model_validate({"min_length": 1, "max_length": 40} | settings)
+    return UnpairedDataset.from_rows(rows, ChatEncoder(word_tokenizer()), config)
 
 
 def red_words(prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:

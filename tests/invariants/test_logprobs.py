@@ -22,7 +22,7 @@ from rlhf.models.adapter_files import save_adapter
 from rlhf.models.backbone import ModelConfig
 from rlhf.models.policy import Policy, response_logprobs
 from rlhf.models.reference import Reference
-from rlhf.recipes.dpo import summed_logprobs
+from rlhf.recipes.offline import summed_logprobs
 from rlhf.recipes.ppo import run_ppo
 from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.stages import start_policy

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from parts import SHAPES, Shape, backbone_of, experience_of, pairs, policy_on, ppo_on, read_log
+from parts import SHAPES, Shape, backbone_of, experience_of, labelled, pairs, policy_on, ppo_on, read_log
 from tiny_backbones import random_prompts, tiny_model, word_tokenizer
 from torch import Tensor, nn
 
+from rlhf.algo.kto_loss import kto_loss
 from rlhf.algo.logprobs import entropy_of
 from rlhf.algo.ppo_loss import entropy_loss, policy_loss, value_loss
+from rlhf.algo.preference_loss import PREFERENCE_LOSSES
 from rlhf.algo.sft_loss import sft_loss
 from rlhf.algo.trainer import LossOutput, OptimizerConfig, Trainer
 from rlhf.data.chat import join
+from rlhf.data.unpaired_dataset import UnpairedDataset
+from rlhf.infra.config import load_config
+from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.models.backbone import Backbone, ModelConfig
 from rlhf.models.policy import Policy
 from rlhf.models.reference import Reference
 from rlhf.models.reward_model import RewardModel
 from rlhf.recipes.dpo import DPOConfig, ReferencePass, dpo_method
+from rlhf.recipes.kto import KTOConfig, kto_method
+from rlhf.recipes.kto import ReferencePass as KTOReferencePass
 from rlhf.recipes.language_model import language_model_method
 from rlhf.recipes.reward import RewardConfig, pair_method
 from rlhf.recipes.sft import SFTConfig
@@ -53,15 +60,27 @@ def supervised(stage: str, backbone: Backbone, training: dict[str, Any]) -> tupl
         return pair_method(
             model, pairs(8), [], RewardConfig.model_validate({"training": training})
         ), model.trainable_parameters()
-    policy, dpo_config = Policy(backbone, "policy"), DPOConfig.model_validate({"training": training})
+    policy = Policy(backbone, "policy")
     torch.manual_seed(0)
+    if stage == "kto":
+        data, kto_config = labelled(8), KTOConfig.model_validate({"training": training, "undesirable_weight": 1.5})
+        known = random_reference(data, range(8))
+        return kto_method(policy, data, None, known, None, kto_config), policy.trainable_parameters()
+    dpo_config = DPOConfig.model_validate({"training": training, "loss": stage})
     reference = ReferencePass(-20 - torch.rand(8, 2, dtype=torch.float64))
     return dpo_method(
         policy, pairs(8), [], reference, ReferencePass(torch.zeros(0, 2)), dpo_config
     ), policy.trainable_parameters()
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def random_reference(data: UnpairedDataset, *steps: Sequence[int]) -> KTOReferencePass:
+    """A reference that differs from the policy, for every answer and for the mismatched pairs of these steps."""
+    pairs = sorted({pair for rows in steps for pair in data.mismatches(rows)})
+    drawn = -35 - torch.rand(len(data) + len(pairs), dtype=torch.float64)
+    return KTOReferencePass(drawn[: len(data)], dict(zip(pairs, drawn[len(data) :].tolist(), strict=True)))
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "kto", *PREFERENCE_LOSSES])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_O1_loss_and_gradient_do_not_depend_on_accumulation(shape: Shape, stage: str) -> None:
     found = []
@@ -161,6 +180,76 @@ def test_O4_optimizer_steps_are_epochs_times_mini_batches(tmp_path: Path, epochs
         ppo.train()
     assert [line["train/updates_this_iteration"] for line in read_log(ppo.run.folder)] == [epochs * minis] * 2
     assert ppo.updates.trainer.step_count == 2 * epochs * minis == ppo.config.num_optimizer_steps
+
+
+@pytest.mark.parametrize(("loss", "per_token"), [("ipo", True), ("ipo_summed", False)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_O6_ipo_ends_where_its_name_says(shape: Shape, loss: str, per_token: bool) -> None:
+    """Trained to its end on one pair: the margin is 1 / (2 beta), of sums or of means over each answer's tokens."""
+    backbone = backbone_of(shape)
+    policy, prompt = Policy(backbone, "policy"), [4, 7]
+    example = replace(pairs(1)[0], prompt_ids=prompt, chosen_ids=[5, 6, 1], rejected_ids=[8, 9, 10, 11, 6, 1])
+    sides = [join(prompt, ids) for ids in (example.chosen_ids, example.rejected_ids)]
+    frozen = torch.tensor([[alone(backbone, "sft", side) for side in sides]])
+    config = DPOConfig.model_validate({"loss": loss, "beta": 0.8})
+    method = dpo_method(policy, [example], [], ReferencePass(frozen), ReferencePass(torch.zeros(0, 2)), config)
+    (batch,), one_loss = method.micro_batches([0]), method.loss([0])
+    trainer = Trainer(policy.trainable_parameters(), OptimizerConfig(learning_rate=0.003), 100)
+    reports = [trainer.step([batch], one_loss) for _ in range(100)]
+    assert reports[0].loss == pytest.approx((1 / 1.6) ** 2, rel=1e-4) and reports[-1].loss < 2e-3
+    chosen, rejected = (alone(backbone, "policy", side) - float(frozen[0, i]) for i, side in enumerate(sides))
+    lengths = (3, 6) if per_token else (1, 1)
+    assert chosen / lengths[0] - rejected / lengths[1] == pytest.approx(1 / 1.6, abs=0.05)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_O7_the_reference_point_of_kto_comes_from_mismatched_pairs_of_the_step(shape: Shape) -> None:
+    backbone, data = backbone_of(shape), labelled(9)
+    backbone.model.double()
+    policy, rows = Policy(backbone, "policy"), [4, 0, 1, 8, 2, 7]
+    config, known = KTOConfig.model_validate({"beta": 0.5, "desirable_weight": 1.3}), random_reference(data, rows, [3])
+    strangers = data.mismatches(rows)
+    assert [row for row, _ in strangers] == rows  # one each
+    assert all(data.examples[i].prompt_ids != data.examples[j].prompt_ids for i, j in strangers)
+    assert (0, 8) in strangers and (1, 8) in strangers  # 0 and 1 are two sides of a pair
+    gaps = [alone(backbone, "policy", data.mismatched(pair)) - known.mismatched[pair] for pair in strangers]
+    kl = sum(gaps) / len(gaps)
+    assert kl > 0.1
+    ratios = [alone(backbone, "policy", data.examples[row].tokens) - float(known.logprobs_N[row]) for row in rows]
+    up = torch.tensor([data.examples[row].desirable for row in rows])
+    expected = kto_loss(torch.tensor(ratios, dtype=torch.float64), up, torch.tensor(kl), 0.5, 1.3, 1.0).mean()
+    method = kto_method(policy, data, None, known, None, config)
+    (batch,), loss = method.micro_batches(rows), method.loss(rows)
+    output = loss(batch)
+    assert float(output.loss.detach()) == pytest.approx(float(expected), abs=1e-6)
+    assert float(output.metrics["train/kl"]) == pytest.approx(kl, abs=1e-6)
+    assert float(output.metrics["train/num_mismatched"]) == 6
+    likelier = replace(known, mismatched=dict.fromkeys(known.mismatched, 1e3))  # to the reference, all of them
+    below = kto_method(policy, data, None, likelier, None, config).loss(rows)(batch)
+    assert float(below.metrics["train/kl"]) == 0.0
+    assert float(below.loss.detach()) != pytest.approx(float(output.loss.detach()), abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_O7_steps_without_a_stranger_or_with_one_label_are_defined(shape: Shape) -> None:
+    backbone, data = backbone_of(shape), labelled(9)
+    cases = {(3,): (0, 1), (3, 4): (0, 1), (5, 6): (2, 1), (0, 3): (2, 0)}
+    known = random_reference(data, *cases)
+    method = kto_method(Policy(backbone, "policy"), data, None, known, None, KTOConfig())
+    for rows, (mismatched, one_label) in cases.items():
+        (batch,), loss = method.micro_batches(rows), method.loss(rows)
+        output = loss(batch)
+        assert bool(output.loss.isfinite()) and float(output.metrics["train/num_mismatched"]) == mismatched
+        assert float(output.metrics["train/kl"]) >= 0
+        assert float(output.metrics["train/one_label"]) == one_label
+
+
+def test_O7_a_batch_of_one_is_refused() -> None:
+    for texts in (["training.per_device_train_batch_size=1"], ["training.per_device_train_batch_size=1", "beta=0.3"]):
+        with pytest.raises(UserError, match="KTO measures its KL on answers put behind other prompts of the same step"):
+            load_config(KTOConfig, overrides=texts)
+    accumulated = ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=2"]
+    assert load_config(KTOConfig, overrides=accumulated).training.rows_per_step == 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)

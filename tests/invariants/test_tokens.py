@@ -22,7 +22,7 @@ from rlhf.models.decoding import GenerationConfig, decode
 from rlhf.models.lora import LoRAConfig
 from rlhf.models.policy import masked_logprobs
 from rlhf.models.reward_model import RewardModel
-from rlhf.recipes.dpo import summed_logprobs
+from rlhf.recipes.offline import summed_logprobs
 from rlhf.rewards.learned import LearnedReward
 
 USER = [{"role": "user", "content": "What is 2+2?"}]

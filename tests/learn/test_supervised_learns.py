@@ -19,6 +19,7 @@ from rlhf.models.decoding import GenerationConfig
 from rlhf.models.policy import Policy
 from rlhf.models.reward_model import RewardModel
 from rlhf.recipes.dpo import DPOConfig, run_dpo
+from rlhf.recipes.kto import KTOConfig, run_kto
 from rlhf.recipes.resume import resume_run
 from rlhf.recipes.reward import RewardConfig, run_reward
 from rlhf.recipes.sft import SFTConfig, run_sft
@@ -183,14 +184,19 @@ def no_pipeline(*_: object) -> None:
     raise AssertionError("no pipeline is resumed here")
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def kto(tmp_path: Path, base: Path, data: Path, name: str, *more: str) -> Run:
+    shared = settings(tmp_path, name, f"policy={base}", f"data.train_files={data}", "data.min_length=1")
+    return run_kto(load_config(KTOConfig, overrides=[*shared, "model.lora.r=4", *more]))
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto"])
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     tmp_path: Path, base: Path, write_rows: WriteRows, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_rows(demonstrations(24) if stage == "sft" else pairs(24))
-    start = {"sft": sft, "reward": reward, "dpo": dpo}[stage]
+    start = {"sft": sft, "reward": reward, "dpo": dpo, "kto": kto}[stage]
     # LoRA's dropout makes the global generator matter (DPO has none); the validations keep a best that must survive.
-    dropout = () if stage == "dpo" else ("model.lora.lora_dropout=0.3",)
+    dropout = () if stage in ("dpo", "kto") else ("model.lora.lora_dropout=0.3",)
     more = (
         "training.per_device_train_batch_size=5",
         "training.num_train_epochs=2",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pydantic import BaseModel
 
 from rlhf.algo.kl import KLConfig
+from rlhf.algo.preference_loss import PREFERENCE_LOSSES
 from rlhf.algo.trainer import OptimizerConfig
 from rlhf.data.data_config import DataConfig, InstructionDataConfig, PromptDataConfig, SourceConfig, StepDataConfig
 from rlhf.data.tinychat.labeller import LabellerConfig
@@ -26,6 +27,7 @@ from rlhf.models.process_reward_model import ProcessRewardModelConfig
 from rlhf.models.reward_model import RewardModelConfig
 from rlhf.recipes.dpo import DPOConfig
 from rlhf.recipes.evaluate import EvaluateConfig
+from rlhf.recipes.kto import KTOConfig
 from rlhf.recipes.pipeline import WorldConfig
 from rlhf.recipes.ppo_config import PPOConfig, PPOSettings
 from rlhf.recipes.pretrain import ArchitectureConfig, PretrainConfig, PretrainDataConfig
@@ -78,6 +80,8 @@ BASE = {
     "prm": ["backbone={base}", "data.train_files={steps}", "data.separator=is",
             "training.per_device_train_batch_size=6", "optimizer.learning_rate=0.01"],
     "dpo": ["policy={base}", "data.min_length=1", "training.per_device_train_batch_size=6",
+            "optimizer.learning_rate=0.01"],
+    "kto": ["policy={base}", "data.min_length=1", "training.per_device_train_batch_size=12",
             "optimizer.learning_rate=0.01"],
     "ppo": ["policy={base}", "rewards=[{{name: target_string, arguments: {{text: red}}}}]", "ppo.num_iterations=2",
             "ppo.rollout_batch_size=8", "ppo.num_ppo_epochs=2", "generation.max_new_tokens=6",
@@ -312,7 +316,29 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "use_margin": [Changes("false"), Refused("false", IDLE, TINYCHAT)],
     },
     ProcessRewardConfig: {"backbone": [Changes("{other}")]},
-    DPOConfig: {"policy": [Changes("{other}")], "loss": [Refused("hinge", "sigmoid")], "beta": [Changes("0.5")]},
+    DPOConfig: {
+        "policy": [Changes("{other}")],
+        "loss": [
+            *(Changes(name) for name in PREFERENCE_LOSSES if name != "sigmoid"),
+            Refused("dpo", "sigmoid is DPO"),
+            Refused("kto", "a recipe of its own, `rlhf kto`"),
+        ],
+        "beta": [Changes("0.5"), *(Changes("0.5", (f"loss={name}",)) for name in PREFERENCE_LOSSES)],
+        "label_smoothing": [
+            Changes("0.3", ("loss=cdpo",)),
+            Changes("0.3", ("loss=robust",)),
+            Refused("0.3", IDLE),
+            Refused("0.3", IDLE, ("loss=ipo",)),
+            Refused("0.5", "less than 0.5", ("loss=robust",)),
+        ],
+        "simpo_gamma": [Changes("0.3", ("loss=simpo",)), Refused("0.3", IDLE), Refused("0.3", IDLE, ("loss=orpo",))],
+    },
+    KTOConfig: {
+        "policy": [Changes("{other}")],
+        "beta": [Changes("0.5")],
+        "desirable_weight": [Changes("2")],
+        "undesirable_weight": [Changes("2")],
+    },
     PPOConfig: {
         "policy": [Changes("{other}")],
         "reward_model": [Changes("{other_reward}", MODEL_REWARD), Refused("{reward}", IDLE)],
@@ -411,6 +437,11 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
     },
     "dpo": {
         "training.max_tokens_per_micro_batch": [Changes("20")],
+        "model.lora.lora_dropout": [Refused("0.5", IDLE)],
+    },
+    "kto": {
+        "training.max_tokens_per_micro_batch": [Changes("20")],
+        "training.per_device_train_batch_size": [Changes("5"), Refused("1", "answers put behind other prompts")],
         "model.lora.lora_dropout": [Refused("0.5", IDLE)],
     },
     "ppo": {

@@ -14,9 +14,22 @@ from torch import Tensor
 
 from rlhf.algo.advantages import gae
 from rlhf.algo.kl import KL_ESTIMATORS, KLConfig, KLController
+from rlhf.algo.kto_loss import kto_kl, kto_loss
 from rlhf.algo.masked import masked_whiten
 from rlhf.algo.ppo_loss import policy_loss, value_loss
-from rlhf.algo.preference_loss import PREFERENCE_LOSSES, PairLogRatios, dpo_loss
+from rlhf.algo.preference_loss import (
+    PREFERENCE_LOSSES,
+    LossSettings,
+    PairLogRatios,
+    conservative_dpo_loss,
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    odds_ratio_term,
+    orpo_loss,
+    robust_dpo_loss,
+    simpo_loss,
+)
 from rlhf.algo.reward_loss import bradley_terry_loss, compute_preference_loss
 from rlhf.rewards.shaping import token_rewards
 from rlhf.rollout.trajectory import Trajectory
@@ -37,9 +50,6 @@ WAITING = {
     "rloo": "there is no method with groups of answers",
     "grpo_losses_clip0.2_0.28_maxlen5": "there is no method with groups of answers",
     "truncated_importance_weights_cap1.2": "there is no outside engine to correct for",
-    "kto_beta0.1": "KTO is not there",
-    "simpo_beta2_gamma1": "SimPO is not there",
-    "orpo_term_beta0.1": "ORPO is not there",
     "best_of_n_kl": "there is no best-of-n",
     "dapo_overlong_penalty_max20_cache4": "there is no soft penalty of length",
     "nf4_codebook": "bitsandbytes quantises",
@@ -160,14 +170,71 @@ def test_value_loss() -> None:
     assert_golden(result.clip_fraction, golden["clip_fraction"])
 
 
-def test_dpo_loss_and_implicit_rewards() -> None:
-    ratios = PairLogRatios(
+def log_ratios() -> PairLogRatios:
+    return PairLogRatios(
         given("policy_chosen") - given("reference_chosen"), given("policy_rejected") - given("reference_rejected")
     )
+
+
+def mean_logprobs() -> PairLogRatios:
+    return PairLogRatios(given("policy_chosen") / given("len_chosen"), given("policy_rejected") / given("len_rejected"))
+
+
+def test_dpo_loss_and_implicit_rewards() -> None:
+    ratios = log_ratios()
     assert_golden(dpo_loss(ratios, 0.1), EXPECTED["preference_beta0.1"]["dpo"])
-    assert_golden(PREFERENCE_LOSSES["sigmoid"](ratios, 0.1), EXPECTED["preference_beta0.1"]["dpo"])
     assert_golden(0.1 * ratios.chosen_B, EXPECTED["dpo_implicit_rewards_beta0.1"]["chosen"])
     assert_golden(0.1 * ratios.rejected_B, EXPECTED["dpo_implicit_rewards_beta0.1"]["rejected"])
+
+
+def test_the_relatives_of_dpo() -> None:
+    ratios, golden = log_ratios(), EXPECTED["preference_beta0.1"]
+    assert golden.keys() == {"dpo", "cdpo_0_1", "robust_0_1", "hinge", "ipo_summed"}
+    assert_golden(conservative_dpo_loss(ratios, 0.1, 0.1), golden["cdpo_0_1"])
+    assert_golden(robust_dpo_loss(ratios, 0.1, 0.1), golden["robust_0_1"])
+    assert_golden(hinge_loss(ratios, 0.1), golden["hinge"])
+    assert_golden(ipo_loss(ratios, 0.1), golden["ipo_summed"])
+
+
+def test_losses_without_a_reference() -> None:
+    logprobs, golden = mean_logprobs(), EXPECTED["orpo_term_beta0.1"]["values"]
+    assert_golden(simpo_loss(logprobs, 2.0, 1.0), EXPECTED["simpo_beta2_gamma1"])
+    assert_golden(0.1 * odds_ratio_term(logprobs), golden)
+    # The published term is what the loss takes from the negative log-likelihood of the chosen answer.
+    assert_golden(-logprobs.chosen_B - orpo_loss(logprobs, 0.1), golden)
+
+
+def test_each_name_stands_for_its_loss() -> None:
+    ratios, summed, free = log_ratios(), EXPECTED["preference_beta0.1"], mean_logprobs()
+    lengths = PairLogRatios(given("len_chosen"), given("len_rejected"))
+    per_token = [(ratios.chosen_B / lengths.chosen_B), (ratios.rejected_B / lengths.rejected_B)]
+    expected = {
+        "sigmoid": (ratios, summed["dpo"]),
+        "cdpo": (ratios, summed["cdpo_0_1"]),
+        "robust": (ratios, summed["robust_0_1"]),
+        "hinge": (ratios, summed["hinge"]),
+        "ipo_summed": (ratios, summed["ipo_summed"]),
+        "ipo": (PairLogRatios(*per_token), [(c - r - 5) ** 2 for c, r in zip(*per_token, strict=True)]),
+        "simpo": (free, EXPECTED["simpo_beta2_gamma1"]),
+        "orpo": (free, (-free.chosen_B - torch.tensor(EXPECTED["orpo_term_beta0.1"]["values"])).tolist()),
+    }
+    assert expected.keys() == PREFERENCE_LOSSES.keys()
+    for name, (given_pairs, values) in expected.items():
+        loss = PREFERENCE_LOSSES[name]
+        settings = LossSettings(2.0 if name == "simpo" else 0.1, label_smoothing=0.1, simpo_gamma=1.0)
+        assert settings.beta == loss.beta
+        assert loss.per_token == (given_pairs is not ratios)
+        assert loss.has_reference == (given_pairs is not free)
+        assert_golden(loss.of(given_pairs, settings), values)
+
+
+def test_kto_loss_and_its_reference_point() -> None:
+    golden, ratios = EXPECTED["kto_beta0.1"], log_ratios()
+    kl = kto_kl(given("kto_kl_policy") - given("kto_kl_reference"))
+    assert_golden(kl, golden["kl"])
+    answers = torch.cat([ratios.chosen_B[:2], ratios.rejected_B[2:]])
+    desirable = torch.tensor([True, True, False, False])
+    assert_golden(kto_loss(answers, desirable, kl, 0.1), golden["losses"])
 
 
 def test_bradley_terry_is_the_log_loss_of_a_classifier() -> None:

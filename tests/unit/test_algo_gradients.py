@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf.algo import logprobs as logprobs_module
 from rlhf.algo.kl import exact_kl, k1, k2, k3
+from rlhf.algo.kto_loss import kto_kl, kto_loss
 from rlhf.algo.logprobs import (
     entropy_of,
     logprobs_from_hidden,
@@ -19,7 +20,7 @@ from rlhf.algo.logprobs import (
 )
 from rlhf.algo.masked import masked_mean, masked_sum, masked_var, masked_whiten
 from rlhf.algo.ppo_loss import entropy_loss, kl_from_old, policy_loss, value_loss
-from rlhf.algo.preference_loss import PREFERENCE_LOSSES, PairLogRatios
+from rlhf.algo.preference_loss import PREFERENCE_LOSSES, LossSettings, PairLogRatios, odds_ratio_term
 from rlhf.algo.process_loss import last, minimum, product, step_loss
 from rlhf.algo.reward_loss import bradley_terry_loss, compute_preference_loss
 from rlhf.algo.sft_loss import sft_loss
@@ -83,9 +84,15 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "bradley_terry_loss": (lambda x: bradley_terry_loss(x[0], x[1], x[2]), GRID),
     "compute_preference_loss": (lambda x: compute_preference_loss(x[0], x[1])[0], GRID),
     **{
-        f"{name} preference": (lambda x, loss=loss: loss(PairLogRatios(x[0], x[1]), 0.5), GRID)
+        # Log-probabilities per token for those that are defined on them, which are below 0.
+        f"{name} preference": (
+            lambda x, loss=loss: loss.of(PairLogRatios(x[0], x[1]), LossSettings(0.5, 0.2, 0.7)),
+            GRID if loss.has_reference else -GRID.abs() - 0.01,
+        )
         for name, loss in PREFERENCE_LOSSES.items()
     },
+    "odds_ratio_term": (lambda x: odds_ratio_term(PairLogRatios(x[0], x[1])), -GRID.abs() - 0.01),
+    "kto_loss": (lambda x: kto_loss(x[0], MASK[1], torch.tensor(0.3), 0.5, 1.5, 0.7), GRID),
     "masked_sum": (lambda x: masked_sum(x * x, MASK), GRID),
     "masked_mean": (lambda x: masked_mean(x * x, MASK), GRID),
     "masked_var": (lambda x: masked_var(x, MASK), GRID),
@@ -120,5 +127,6 @@ def test_the_head_takes_its_gradient_too() -> None:
 def test_what_only_measures_takes_no_gradient() -> None:
     leaf = GRID.clone().requires_grad_(True)
     assert not kl_from_old(leaf, MASK, 10).requires_grad
+    assert not kto_kl(leaf.abs()).requires_grad
     assert not policy_loss(leaf, GRID, MASK, 10).clip_fraction.requires_grad
     assert not value_loss(leaf, GRID, SECOND, MASK, 10).clip_fraction.requires_grad

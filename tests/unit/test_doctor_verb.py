@@ -90,6 +90,10 @@ def test_a_small_gpt2_with_its_own_pad_token_is_sound(tmp_path: Path, pairs: str
 @pytest.mark.slow
 def test_the_bundled_model_and_world_are_sound() -> None:
     dpo = ["T10", "T6", "T2", "T3", "T4", "T8", "start", "T1", "P2", "P8", "O12"]
+    assert diagnosed("kto", "data.max_samples=20") == dict.fromkeys(dpo, "green")
+    assert diagnosed("dpo", "data.max_samples=20", "loss=simpo") == dict.fromkeys(
+        [x for x in dpo if x != "P8"], "green"
+    )
     reward = ["T10", "T6", "T2", "T3", "T4", "T8", "start", "P2", "V8", "V9", "O12"]
     assert diagnosed("dpo", "data.max_samples=20") == dict.fromkeys(dpo, "green")
     assert diagnosed("rm", "data.max_samples=20") == dict.fromkeys(reward, "green")
@@ -201,5 +205,5 @@ def test_the_command_line(tmp_path: Path, pairs: str) -> None:
     broken = runner.invoke(app, ["doctor", "sft", "model.name_or_path=/nowhere/at/all"])
     assert broken.exit_code == 1
     assert broken.stdout.splitlines()[-1].startswith("0 green, 0 yellow, 1 red")
-    with pytest.raises(UserError, match="choose from sft, rm, dpo, ppo, pipeline"):
+    with pytest.raises(UserError, match="choose from sft, rm, dpo, kto, ppo, pipeline"):
         runner.invoke(app, ["doctor", "eval"], catch_exceptions=False)

@@ -33,7 +33,7 @@ REFUSED = {
     "pretrain": RUN | SOURCES | {"data.split_seed", "data.system_prompt", "data.overlong", "data.train_on"},
     "sft": RUN | SOURCES | {"data.split_seed"},
     "reward": RUN | SOURCES | COPIES | {"data.split_seed", "model.train", "use_margin"},
-    "dpo": RUN | SOURCES | COPIES | {"data.split_seed", "policy", "loss"},
+    "dpo": RUN | SOURCES | COPIES | {"data.split_seed", "policy"},
     "ppo": RUN | SOURCES | COPIES | {"data.split_seed", "data.max_validation_samples", "policy"},
     "evaluate": RUN | COPIES | {
         "model.train", "model.gradient_checkpointing", "models", "reward_model", "histories", "reference",
