@@ -120,7 +120,7 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "tokenizer": [Changes("{tokenizer}")],
         "random_init": [Refused("true", "train it first")],
         "train": [Changes("full")],
-        "attn_implementation": [Changes("eager")],
+        "attn_implementation": [Changes("sdpa")],
         "load_in_4bit": [Changes("true"), Refused("true", "4-bit codes", FULL)],
         "bnb_4bit_quant_type": [Changes("fp4", (".load_in_4bit=true",)), Refused("fp4", IDLE)],
         "bnb_4bit_use_double_quant": [Changes("false", (".load_in_4bit=true",)), Refused("false", IDLE)],
@@ -188,7 +188,7 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         ],
         "eval_steps": [Changes("1"), Refused("1", IDLE, UNVALIDATED)],
         "early_stopping_patience": [
-            Changes("1", (".eval_steps=1", "optimizer.learning_rate=3")),
+            Changes("1", (".eval_steps=1", "optimizer.learning_rate=1e-30")),
             Refused("1", IDLE, UNVALIDATED),
         ],
         "logging_steps": [Changes("2")],
