@@ -1,14 +1,20 @@
-"""From per-token rewards and values to advantages and returns.
+"""From rewards to advantages: per token with a critic's values (`gae`), per answer by comparison with its group.
 
 Legend: B sequences, R response tokens. Column t of `values_BR` is the value of the state before token t is chosen.
+N prompts, G answers to each: row n of `scores_NG` is a group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# Scores of a group that are no further apart than this count as equal: what is between them is the rounding of whoever
+# scored, and dividing by the deviation would make advantages of it.
+MIN_SPREAD = 1e-5
 
 
 @dataclass(frozen=True)
@@ -50,3 +56,51 @@ def gae(
         advantages_BR = torch.stack(columns[::-1], dim=1) if columns else rewards_BR.new_zeros(num_rows, 0)
         returns_BR = torch.where(mask_BR, advantages_BR + values_BR, torch.zeros_like(values_BR))
         return Advantages(advantages_BR, returns_BR)
+
+
+def has_spread(scores_NG: Tensor) -> Tensor:
+    """Which groups (N,) have scores that differ, by more than `MIN_SPREAD`: the others say nothing about an answer.
+
+    Raises:
+        ValueError: the groups have one answer each, or there are no groups.
+    """
+    if scores_NG.ndim != 2 or scores_NG.shape[1] < 2:
+        raise ValueError(f"expected scores (N, G) of at least 2 answers per prompt, got {tuple(scores_NG.shape)}")
+    return scores_NG.amax(dim=1) - scores_NG.amin(dim=1) > MIN_SPREAD
+
+
+def group_relative(scores_NG: Tensor, *, epsilon: float = 1e-6) -> Tensor:
+    """(r - mean) / (deviation + epsilon) within each group (GRPO, arXiv:2402.03300 section 4.1.2); (N, G).
+
+    The deviation has Bessel's correction, as in TRL and verl; verl's epsilon is 1e-6 like ours, TRL's 1e-4. 0 in groups
+    without spread.
+    """
+    centred_NG = group_centred(scores_NG)
+    return centred_NG / (scores_NG.std(dim=1, correction=1, keepdim=True) + epsilon)
+
+
+def leave_one_out(scores_NG: Tensor) -> Tensor:
+    """r minus the mean of the others in its group (RLOO, arXiv:2402.14740); (N, G), 0 in groups without spread.
+
+    The same as G / (G - 1) times r minus the mean of all.
+    """
+    differs_N1 = has_spread(scores_NG).unsqueeze(1)
+    others_NG = (scores_NG.sum(dim=1, keepdim=True) - scores_NG) / (scores_NG.shape[1] - 1)
+    return torch.where(differs_N1, scores_NG - others_NG, torch.zeros_like(scores_NG))
+
+
+def group_centred(scores_NG: Tensor) -> Tensor:
+    """r minus the mean of its group (Dr. GRPO, arXiv:2503.20783 section 3.2); (N, G), 0 in groups without spread.
+
+    Not divided by the deviation, which would weigh a prompt more the less its answers differ.
+    """
+    differs_N1 = has_spread(scores_NG).unsqueeze(1)
+    centred_NG = scores_NG - scores_NG.mean(dim=1, keepdim=True)
+    return torch.where(differs_N1, centred_NG, torch.zeros_like(scores_NG))
+
+
+GROUP_ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "group_relative": group_relative,
+    "leave_one_out": leave_one_out,
+    "group_centred": group_centred,
+}

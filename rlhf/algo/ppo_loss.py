@@ -1,11 +1,13 @@
-"""The PPO objective in three terms, each a sum over counted tokens divided by `num_tokens`. All are minimised.
+"""The terms of the PPO objective, each a sum over counted tokens divided by `num_tokens`. All are minimised.
 
 Legend: B sequences, R response tokens; masks are bool, True = counts. `num_tokens` is counted by the caller over the
-whole optimizer step, so that any split into micro-batches gives the same gradient.
+whole optimizer step, so that any split into micro-batches gives the same gradient. `weights_B1` makes another mean of
+the mean over tokens (see `rlhf.algo.loss_weights`); None is that mean.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +33,12 @@ def policy_loss(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    weights_B1: Tensor | None = None,
 ) -> ClippedLoss:
     """max(-A rho, -A clip(rho, 1 - low, 1 + high)) per token (arXiv:1707.06347 eq. 7, with the sign turned).
 
     `log_ratio_BR` is log pi - log pi_old and carries the gradient. The clip fraction counts the tokens whose ratio is
-    outside the band, whether or not the clipped branch is the one that was taken.
+    outside the band, whether or not the clipped branch is the one that was taken; each counts once, whatever it weighs.
     """
     ratio = torch.exp(log_ratio_BR.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
@@ -43,7 +46,7 @@ def policy_loss(
     with torch.no_grad():
         outside = (ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)
         clip_fraction = masked_sum(outside.float(), mask_BR) / num_tokens
-    return ClippedLoss(masked_sum(per_token, mask_BR) / num_tokens, clip_fraction)
+    return ClippedLoss(masked_sum(_weighed(per_token, weights_B1), mask_BR) / num_tokens, clip_fraction)
 
 
 def value_loss(
@@ -69,9 +72,26 @@ def value_loss(
     return ClippedLoss(0.5 * masked_sum(torch.maximum(error, clipped_error), mask_BR) / num_tokens, clip_fraction)
 
 
-def entropy_loss(entropy_BR: Tensor, mask_BR: Tensor, num_tokens: int | Tensor) -> Tensor:
+def entropy_loss(
+    entropy_BR: Tensor, mask_BR: Tensor, num_tokens: int | Tensor, weights_B1: Tensor | None = None
+) -> Tensor:
     """Minus the mean entropy: minimising it, times a positive coefficient, keeps the policy from collapsing."""
-    return -masked_sum(entropy_BR, mask_BR) / num_tokens
+    return -masked_sum(_weighed(entropy_BR, weights_B1), mask_BR) / num_tokens
+
+
+def reference_kl_loss(
+    log_ratio_BR: Tensor,
+    mask_BR: Tensor,
+    num_tokens: int | Tensor,
+    estimator: Callable[[Tensor], Tensor] = k3,
+    weights_B1: Tensor | None = None,
+) -> Tensor:
+    """Mean estimate of KL(pi || pi_ref) per token, to be added to the loss times beta (arXiv:2402.03300 eq. 3 and 4).
+
+    `log_ratio_BR` is log pi - log pi_ref on the sampled tokens and carries the gradient, which for k3 is that of
+    KL(pi_ref || pi), for k2 that of KL(pi || pi_ref), and for k1 zero on average (see `rlhf.algo.kl`).
+    """
+    return masked_sum(_weighed(estimator(log_ratio_BR), weights_B1), mask_BR) / num_tokens
 
 
 def kl_from_old(log_ratio_BR: Tensor, mask_BR: Tensor, num_tokens: int | Tensor) -> Tensor:
@@ -81,3 +101,7 @@ def kl_from_old(log_ratio_BR: Tensor, mask_BR: Tensor, num_tokens: int | Tensor)
     """
     with torch.no_grad():
         return masked_sum(k3(-log_ratio_BR), mask_BR) / num_tokens
+
+
+def _weighed(per_token_BR: Tensor, weights_B1: Tensor | None) -> Tensor:
+    return per_token_BR if weights_B1 is None else per_token_BR * weights_B1

@@ -26,14 +26,25 @@ class ShapingConfig(Config):
     missing_eos_penalty: float = Field(1.0, ge=0, description="subtracted where an answer was cut off")
     length_budget: int | None = Field(None, ge=1, description="tokens that are free; null: no length penalty")
     length_penalty: float = Field(0.01, ge=0, description="subtracted per token beyond the budget")
+    overlong_buffer: int | None = Field(
+        None, ge=1, description="last tokens before generation.max_new_tokens, over which a penalty rises; null: none"
+    )
+    overlong_penalty: float = Field(1.0, ge=0, description="what it rises to at generation.max_new_tokens")
     repetition_penalty: float = Field(0.0, ge=0, description="subtracted, times the share of repeated 4-grams")
     refusal_penalty: float = Field(0.0, ge=0, description="subtracted where the refusal detector fires")
 
     def idle_keys(self) -> dict[str, str]:
         """See `Config.idle_keys`."""
+        idle: dict[str, str] = {}
         if self.length_budget is None and self.length_penalty > 0:
-            return {"length_penalty": "length_budget is null, so no token is beyond it"}
-        return {"length_budget": "length_penalty is 0"} if self.length_penalty == 0 else {}
+            idle["length_penalty"] = "length_budget is null, so no token is beyond it"
+        elif self.length_penalty == 0:
+            idle["length_budget"] = "length_penalty is 0"
+        if self.overlong_buffer is None and self.overlong_penalty > 0:
+            idle["overlong_penalty"] = "overlong_buffer is null, so no answer is in it"
+        elif self.overlong_penalty == 0:
+            idle["overlong_buffer"] = "overlong_penalty is 0"
+        return idle
 
 
 @dataclass
@@ -75,10 +86,12 @@ def shape_scores(
     moments: RunningMoments,
     repetition_B: Tensor,
     refused_B: Tensor,
+    max_length: int,
 ) -> ShapedScores:
     """Apply `ShapingConfig` in its order. `moments` takes in this batch first, so its own scores are normalised by it.
 
-    `repetition_B` is the share of repeated n-grams in [0, 1], `refused_B` bool.
+    `repetition_B` is the share of repeated n-grams in [0, 1], `refused_B` bool, `max_length` the length in tokens at
+    which an answer is cut off.
     """
     shaped = scores_B.float()
     moments.update(shaped)
@@ -95,8 +108,20 @@ def shape_scores(
     shaped = shaped - config.missing_eos_penalty * (~trajectory.finished_B).float()
     if config.length_budget is not None:
         shaped = shaped - config.length_penalty * (trajectory.lengths_B - config.length_budget).clamp(min=0)
+    if config.overlong_buffer is not None:
+        soft_B = soft_overlong_penalty(trajectory.lengths_B, max_length, config.overlong_buffer)
+        shaped = shaped + config.overlong_penalty * soft_B
+        metrics["length/overlong_share"] = float((soft_B < 0).float().mean())
     shaped = shaped - config.repetition_penalty * repetition_B - config.refusal_penalty * refused_B.float()
     return ShapedScores(shaped, metrics)
+
+
+def soft_overlong_penalty(lengths_B: Tensor, max_length: int, buffer: int) -> Tensor:
+    """0 up to `max_length - buffer` tokens, falling in a straight line to -1 at `max_length` and beyond; (B,).
+
+    DAPO's soft punishment of overlong answers (arXiv:2503.14476 section 3.4): being cut off is no sudden loss.
+    """
+    return ((max_length - buffer - lengths_B) / buffer).clamp(-1.0, 0.0)
 
 
 def token_rewards(

@@ -18,7 +18,6 @@ IDS = {f"{letter}{number}" for letter, last in ROWS.items() for number in range(
 
 WAITING = {
     "P5": "there is no outside engine whose log-probabilities could differ",
-    "V5": "there is no method that divides by the deviation of a group of answers",
     "C4": "there is no outside engine to deliver an adapter to",
     "C7": "rollouts are synchronous: no sample is ever stale",
     "C11": "there is one worker",

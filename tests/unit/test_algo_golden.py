@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algo.advantages import gae
+from rlhf.algo.advantages import GROUP_ADVANTAGES, gae, group_relative
 from rlhf.algo.kl import KL_ESTIMATORS, KLConfig, KLController
 from rlhf.algo.kto_loss import kto_kl, kto_loss
+from rlhf.algo.loss_weights import LOSS_WEIGHTS
 from rlhf.algo.masked import masked_whiten
-from rlhf.algo.ppo_loss import policy_loss, value_loss
+from rlhf.algo.ppo_loss import policy_loss, reference_kl_loss, value_loss
 from rlhf.algo.preference_loss import (
     PREFERENCE_LOSSES,
     LossSettings,
@@ -31,7 +32,7 @@ from rlhf.algo.preference_loss import (
     simpo_loss,
 )
 from rlhf.algo.reward_loss import bradley_terry_loss, compute_preference_loss
-from rlhf.rewards.shaping import token_rewards
+from rlhf.rewards.shaping import soft_overlong_penalty, token_rewards
 from rlhf.rollout.trajectory import Trajectory
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -43,15 +44,8 @@ NUM_TOKENS = 8
 # Values of what this package does not compute; whoever adds the method takes its line out and tests against the value.
 WAITING = {
     "ppo_policy_loss_dual_clip1.05": "there is no dual clip",
-    "ppo_policy_loss_sequence_mean_of_token_sums": "the policy loss is a mean over tokens",
-    "ppo_policy_loss_sequence_mean_of_token_means": "the policy loss is a mean over tokens",
-    "group_relative_std": "there is no method with groups of answers",
-    "group_relative_no_std": "there is no method with groups of answers",
-    "rloo": "there is no method with groups of answers",
-    "grpo_losses_clip0.2_0.28_maxlen5": "there is no method with groups of answers",
     "truncated_importance_weights_cap1.2": "there is no outside engine to correct for",
     "best_of_n_kl": "there is no best-of-n",
-    "dapo_overlong_penalty_max20_cache4": "there is no soft penalty of length",
     "nf4_codebook": "bitsandbytes quantises",
     "alpaca_eval_2_alpaca-7b": "there is no length-controlled win rate",
     "binomial_test_64_of_100": "win rates come with intervals, not with p-values",
@@ -161,6 +155,61 @@ def test_ppo_policy_loss_with_a_higher_upper_bound() -> None:
     log_ratio = given("logprobs") - given("old_logprobs")
     result = policy_loss(log_ratio, given("advantages"), MASK, NUM_TOKENS, clip_low=0.2, clip_high=0.28)
     assert_golden(result.loss, EXPECTED["ppo_policy_loss_clip0.2_0.28"]["loss"])
+
+
+def weights(name: str, max_length: int) -> Tensor:
+    return LOSS_WEIGHTS[name](MASK.sum(dim=1), NUM_TOKENS, 2, max_length).unsqueeze(1)
+
+
+@pytest.mark.parametrize(
+    ("golden", "name", "max_length"),
+    [
+        ("ppo_policy_loss_sequence_mean_of_token_means", "sequence_mean", 5),
+        ("ppo_policy_loss_sequence_mean_of_token_sums", "constant_length", 1),
+    ],
+)
+def test_ppo_policy_loss_as_another_mean(golden: str, name: str, max_length: int) -> None:
+    log_ratio, one_mean = given("logprobs") - given("old_logprobs"), weights(name, max_length)
+    result = policy_loss(log_ratio, given("advantages"), MASK, NUM_TOKENS, weights_B1=one_mean)
+    assert_golden(result.loss, EXPECTED[golden])
+
+
+@pytest.mark.parametrize(
+    ("name", "loss_mean", "beta"),
+    [
+        ("grpo", "sequence_mean", 0.0),
+        ("grpo_beta0.04", "sequence_mean", 0.04),
+        ("dapo", "token_mean", 0.0),
+        ("dr_grpo", "constant_length", 0.0),
+    ],
+)
+def test_losses_of_groups(name: str, loss_mean: str, beta: float) -> None:
+    # "sequence_level" is there as well: ratios of whole sequences (GSPO) are not built here.
+    log_ratio, to_reference = given("logprobs") - given("old_logprobs"), given("logprobs") - given("reference_logprobs")
+    advantages, one_mean = given("sequence_advantages").unsqueeze(1).expand(2, 5), weights(loss_mean, 5)
+    policy = policy_loss(log_ratio, advantages, MASK, NUM_TOKENS, clip_low=0.2, clip_high=0.28, weights_B1=one_mean)
+    kl = reference_kl_loss(to_reference, MASK, NUM_TOKENS, weights_B1=one_mean)
+    assert_golden(policy.loss + beta * kl, EXPECTED["grpo_losses_clip0.2_0.28_maxlen5"][name])
+
+
+def test_advantages_within_groups() -> None:
+    scores_NG = given("group_rewards").view(2, 4)
+    by_name = {
+        "group_relative": EXPECTED["group_relative_std"]["values"],
+        "group_centred": EXPECTED["group_relative_no_std"],
+        "leave_one_out": EXPECTED["rloo"],
+    }
+    for name, expected in by_name.items():
+        assert_golden(GROUP_ADVANTAGES[name](scores_NG).flatten(), expected)
+    # With TRL's epsilon the scale is another by one in ten thousand.
+    theirs = group_relative(scores_NG, epsilon=1e-4)
+    assert float(theirs[0, 3]) == pytest.approx(1.625 / (1.625 / 1.37542279 + 1e-4), abs=1e-5)
+
+
+def test_soft_penalty_of_overlong_answers() -> None:
+    golden = EXPECTED["dapo_overlong_penalty_max20_cache4"]
+    found = soft_overlong_penalty(torch.tensor([int(length) for length in golden]), max_length=20, buffer=4)
+    assert_golden(found, list(golden.values()))
 
 
 def test_value_loss() -> None:

@@ -251,6 +251,7 @@ def shaped(
         moments or RunningMoments(),
         torch.tensor(repetition or [0.0] * 3),
         torch.tensor(refused or [False] * 3),
+        max_length=6,
     )
     return [round(value, 5) for value in found.scores_B.tolist()]
 
@@ -260,6 +261,8 @@ def test_penalties_are_subtracted() -> None:
     assert shaped(scores, {}) == scores
     assert shaped(scores, {"missing_eos_penalty": 2.5}) == [1.0, 2.0, 0.5]
     assert shaped(scores, {"length_budget": 3, "length_penalty": 0.1}) == [1.0, 1.9, 2.7]
+    # Free up to 6 - 4 = 2 tokens, then in a straight line to the whole penalty at 6, where answers are cut off.
+    assert shaped(scores, {"overlong_buffer": 4, "overlong_penalty": 0.8}) == [1.0, 1.6, 2.2]
     assert shaped(scores, {"repetition_penalty": 2.0}, repetition=[0.0, 0.5, 1.0]) == [1.0, 1.0, 1.0]
     assert shaped(scores, {"refusal_penalty": 4.0}, refused=[True, False, False]) == [-3.0, 2.0, 3.0]
 
@@ -310,6 +313,7 @@ def test_shaping_metrics() -> None:
         moments,
         torch.tensor([0.0, 0.3, 0.6]),
         torch.tensor([True, False, False]),
+        max_length=6,
     )
     assert found.metrics == pytest.approx(
         {"reward/outlier_share": 1 / 3, "refusal/rate": 1 / 3, "repetition/mean": 0.3, "reward/clipped_share": 1 / 3}
@@ -343,8 +347,9 @@ def test_V1_the_padding_width_changes_no_token_reward() -> None:
 
 
 def test_a_length_penalty_without_a_budget_is_an_idle_key() -> None:
-    assert set(ShapingConfig().idle_keys()) == {"length_penalty"}
-    assert ShapingConfig(length_budget=5).idle_keys() == {}
+    assert set(ShapingConfig().idle_keys()) == {"length_penalty", "overlong_penalty"}
+    assert set(ShapingConfig(length_budget=5).idle_keys()) == {"overlong_penalty"}
+    assert ShapingConfig(length_budget=5, overlong_buffer=2).idle_keys() == {}
 
 
 # ---------------------------------------------------------------- learned rewards
