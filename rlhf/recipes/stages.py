@@ -30,6 +30,7 @@ from rlhf.models.value_head import ValueHead
 from rlhf.rewards.learned import LearnedReward
 from rlhf.rewards.protocol import CombinedReward, RewardFunction, RewardTerm, RewardTermConfig, load_function
 from rlhf.rewards.rules import RULES, make_rule
+from rlhf.rewards.verifiers import VERIFIERS
 
 POLICY, REWARD_MODEL, PROCESS_MODEL = "policy", "reward_model", "process_reward_model"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -198,25 +199,25 @@ def build_reward(
     backbone: Backbone,
     system_prompt: str | None = None,
 ) -> CombinedReward:
-    """Rules, functions and the reward model, by name; a reward model of the same base joins the policy's backbone.
+    """Rules, verifiers, functions and the reward model; a reward model of the same base joins the policy's backbone.
 
     Raises:
         UserError: a name means nothing, or `model` is asked for and `reward_model` names none.
     """
-    made = []
+    made, rules = [], RULES | VERIFIERS
     for term in terms:
         if term.name == "model":
             if reward_model is None:
                 raise UserError("the reward `model` needs reward_model=<run, folder or hub name>, or use rules alone")
             model = load_reward_model(locate(reward_model, output_dir, REWARD_MODEL), backbone, backbone.dtype_name)
             function: RewardFunction = LearnedReward(model, backbone.tokenizer, system_prompt)
-        elif term.name in RULES:
-            function = make_rule(term.name, term.arguments)
+        elif term.name in rules:
+            function = make_rule(term.name, term.arguments, rules)
         elif ":" in term.name:
             function = load_function(term.name)
         else:
             raise UserError(
-                f"no reward '{term.name}': take `model`, module:function, or one of {', '.join(sorted(RULES))}"
+                f"no reward '{term.name}': take `model`, module:function, or one of {', '.join(sorted(rules))}"
             )
         made.append(RewardTerm(term.name, function, term.weight))
     return CombinedReward(made)

@@ -33,16 +33,20 @@ RewardFunction = Callable[..., Sequence[float]]
 class RewardTermConfig(Config):
     """One reward and its weight."""
 
-    name: str = Field(description="a rule's name, `model`, or a function as `module:function` or `file.py:function`")
+    name: str = Field(
+        description="a rule or verifier, `model`, or a function as `module:function` or `file.py:function`"
+    )
     weight: float = Field(1.0, description="what its value is multiplied with before all terms are added")
     arguments: dict[str, Any] = Field(
-        default_factory=dict, description="settings of a rule, such as `text` of target_string"
+        default_factory=dict, description="settings of a rule or verifier, such as `text` of target_string"
     )
 
     @model_validator(mode="after")
     def _only_rules_take_arguments(self) -> RewardTermConfig:
         if self.arguments and (self.name == "model" or ":" in self.name):
-            raise ValueError(f"the reward '{self.name}' takes no arguments, only rules do; got {self.arguments}")
+            raise ValueError(
+                f"the reward '{self.name}' takes no arguments, only rules and verifiers do; got {self.arguments}"
+            )
         return self
 
 

@@ -6,7 +6,7 @@ Every factory here returns a reward `f(prompts, completions, **columns) -> list[
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf.data.rows import Prompt
@@ -63,10 +63,15 @@ def phrase_endings(phrases: Sequence[str]) -> RewardFunction:
     return _each(lambda answer: float(answer.strip().lower().endswith(endings)))
 
 
-def make_rule(name: str, arguments: dict[str, Any]) -> RewardFunction:
-    """The rule of that name with these settings; `UserError` names what it takes when they do not fit."""
+def make_rule(
+    name: str, arguments: dict[str, Any], rules: Mapping[str, Callable[..., RewardFunction]] | None = None
+) -> RewardFunction:
+    """The rule of that name with these settings; `UserError` names what it takes when they do not fit.
+
+    `rules`: other factories than those of this file, such as `rlhf.rewards.verifiers.VERIFIERS`.
+    """
     try:
-        return RULES[name](**arguments)
+        return (RULES if rules is None else rules)[name](**arguments)
     except TypeError as error:
         raise UserError(f"reward '{name}' does not take {arguments}: {error}") from error
 
