@@ -35,7 +35,7 @@ ConfigOption = Annotated[
 Recipe = Annotated[
     str,
     typer.Argument(
-        help="pretrain, sft, rm, prm, dpo, kto, ppo, eval or pipeline.", show_default=False, metavar="RECIPE"
+        help="pretrain, sft, rm, prm, dpo, kto, ppo, grpo, eval or pipeline.", show_default=False, metavar="RECIPE"
     ),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as section.key=value.", show_default=False)]
@@ -103,6 +103,16 @@ def ppo(config: ConfigOption = None, overrides: Overrides = None) -> None:
     from rlhf.recipes.ppo_config import PPOConfig
 
     _say(run_ppo(load_config(PPOConfig, config, overrides or ())))
+
+
+@app.command()
+def grpo(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """GRPO, RLOO, Dr. GRPO or DAPO: answers compared with each other, by verifiers, a reward model or functions."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.grpo import run_grpo
+    from rlhf.recipes.grpo_config import GRPOConfig
+
+    _say(run_grpo(load_config(GRPOConfig, config, overrides or ())))
 
 
 @app.command("eval")

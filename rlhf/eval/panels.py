@@ -36,7 +36,8 @@ _CATALOGUE: tuple[tuple[str, str, str], ...] = (
     ("Padding", "share of tokens", r"padding"),
     ("Clipped, clamped, outlying", "share", r"(clipped|clamped|outlier)_share"),
     ("Truncated mass", "probability", r"truncated_mass"),
-    ("Finished responses", "share", r"finished_share"),
+    ("Finished responses", "share", r"(finished|overlong)_share"),
+    ("Groups", "per iteration", r"^grpo/(groups|sampling_rounds)"),
     ("Accuracy", "share", r"accurac"),
     ("Margin", "", r"margin"),
     ("Reward by term", "", r"^reward/term/"),
@@ -66,8 +67,8 @@ _CATALOGUE: tuple[tuple[str, str, str], ...] = (
 # The order in which panels are shown: what was aimed at first, the machinery after it.
 _ORDER = (
     "Reward", "Reward by term", "Gold score", "KL to the reference", "Entropy", "Loss", "Accuracy", "Margin", "Length",
-    "Length change", "Refusals", "Repetition", "Finished responses", "Policy loss", "Value loss", "Clip fraction",
-    "KL of the update", "Probability ratio", "KL coefficient", "Advantages", "Values and returns",
+    "Length change", "Refusals", "Repetition", "Finished responses", "Groups", "Policy loss", "Value loss",
+    "Clip fraction", "KL of the update", "Probability ratio", "KL coefficient", "Advantages", "Values and returns",
     "Explained variance", "Clipped, clamped, outlying", "Truncated mass", "Gradient norm", "Learning rate",
     "Optimizer steps", "Tokens seen", "Padding", "Tokens per second", "Memory", "Seconds",
 )  # fmt: skip

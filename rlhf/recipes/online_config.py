@@ -64,6 +64,16 @@ class OnlineConfig(Config):
             raise ValueError("model.random_init: the policy must have learnt to answer already; train it first")
         return self
 
+    @model_validator(mode="after")
+    def _answers_reach_the_buffer(self) -> OnlineConfig:
+        buffer, longest = self.shaping.overlong_buffer, self.generation.max_new_tokens
+        if buffer is not None and buffer > longest:
+            raise ValueError(
+                f"shaping.overlong_buffer is {buffer}, but no answer is longer than generation.max_new_tokens, "
+                f"{longest}; use at most that many"
+            )
+        return self
+
     @property
     def updates(self) -> UpdateSettings:
         """The recipe's own section, as far as every recipe has it."""
@@ -105,7 +115,7 @@ class OnlineConfig(Config):
             saved[f"{section}.save_every_updates"] = reason
         if num_updates > 1:
             return saved
-        reason = "there is one update per rollout, at which policy and critic are still those that sampled"
+        reason = "there is one update per rollout, at which nothing has moved yet since the answers were sampled"
         # In half precision the rounding of training differs from that of sampling, and clipping sees it.
         is_exact = self.run.dtype == "fp32" or settings.recompute_logprobs
         names = ["target_kl", *(bounds if is_exact else [])]

@@ -38,14 +38,13 @@ class OnlineReport:
             "train/loss": mean_loss(updates),
             "train/tokens": progress.tokens,
         }
-        line |= self._speed(experience)
+        line |= self._speed(rollout.sampled_tokens)
         self.last = line
         self.run.logger.log(progress.step, line)
 
-    def _speed(self, experience: Experience) -> dict[str, float]:
+    def _speed(self, tokens: int) -> dict[str, float]:
         seconds = self.timer.seconds()
         self.timer.reset()
-        tokens = int(experience.trajectory.response_mask_BR.sum())
         line = {f"time/{phase}": value for phase, value in seconds.items()}
         line["rate/tokens_per_second"] = per_second(tokens, sum(seconds.values()))
         line["rate/generated_tokens_per_second"] = per_second(tokens, seconds.get("generate", 0.0))

@@ -27,13 +27,20 @@ from rlhf.rollout.trajectory import Experience, Trajectory
 class Rollout:
     """What an iteration sampled and made of it: to learn from, and to report.
 
-    `metrics` are those of the iteration's line of the log that only the recipe knows of.
+    `metrics` are those of the iteration's line of the log that only the recipe knows of, `dropped_tokens` what was
+    sampled and is not learnt from.
     """
 
     experience: Experience
     scores: Scores
     shaped: ShapedScores
     metrics: dict[str, float] = field(default_factory=dict)
+    dropped_tokens: int = 0
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Response tokens that the iteration sampled."""
+        return int(self.experience.trajectory.response_mask_BR.sum()) + self.dropped_tokens
 
 
 @dataclass
@@ -111,6 +118,7 @@ def _taken_apart(rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "scores": asdict(rollout.scores),
         "shaping_metrics": rollout.shaped.metrics,
         "metrics": rollout.metrics,
+        "dropped_tokens": rollout.dropped_tokens,
     }
     return tensors, plain
 
@@ -125,4 +133,5 @@ def _put_together(tensors: dict[str, Tensor], plain: dict[str, Any]) -> Rollout:
         Scores(**plain["scores"]),
         ShapedScores(tensors["shaped_scores_B"], plain["shaping_metrics"]),
         plain.get("metrics", {}),
+        plain.get("dropped_tokens", 0),
     )

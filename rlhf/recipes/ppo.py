@@ -75,7 +75,7 @@ class PPO:
                     self.progress.rollout = Rollout(experience, scores, shaped)
                 rollout, made = self.progress.rollout, self.progress.updates
                 self.update(rollout.experience)
-                self.updates.finish_iteration(rollout.experience)
+                self.updates.finish_iteration(rollout)
                 self.report.log(self.progress, rollout, made, self.updates.trainer)
                 advance(1, reward=self.report.last["reward/mean"], kl=self.report.last["kl/mean"])
                 if self.updates.stops():

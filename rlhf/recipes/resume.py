@@ -11,6 +11,8 @@ from rlhf.infra.experiment import Run
 from rlhf.infra.run_folder import CONFIG, read_run_info
 from rlhf.recipes.dpo import DPOConfig, run_dpo
 from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
+from rlhf.recipes.grpo import run_grpo
+from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.kto import KTOConfig, run_kto
 from rlhf.recipes.pipeline import PipelineConfig
 from rlhf.recipes.ppo import run_ppo
@@ -28,6 +30,7 @@ CONFIGS: dict[str, type[Config]] = {
     "dpo": DPOConfig,
     "kto": KTOConfig,
     "ppo": PPOConfig,
+    "grpo": GRPOConfig,
     "eval": EvaluateConfig,
     "pipeline": PipelineConfig,
 }
@@ -68,6 +71,8 @@ def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -
         return run_kto(config, folder)
     if isinstance(config, PPOConfig):
         return run_ppo(config, folder)
+    if isinstance(config, GRPOConfig):
+        return run_grpo(config, folder)
     assert isinstance(config, EvaluateConfig)
     # An evaluation has no half-way state but the answers in its cache.
     again = {"overwrite": True, "name": folder.name, "output_dir": folder.parent}

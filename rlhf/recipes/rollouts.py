@@ -31,6 +31,7 @@ from rlhf.recipes.stages import build_reward, start_policy
 from rlhf.rewards.detectors import refusal_flags, repetition_share
 from rlhf.rewards.protocol import CombinedReward, Scores
 from rlhf.rewards.shaping import RunningMoments, ShapedScores, shape_scores
+from rlhf.rewards.verifiers import check_columns
 from rlhf.rollout.sampler import Sampler
 from rlhf.rollout.trajectory import Trajectory
 
@@ -62,12 +63,14 @@ def prepare_online(
     reward = build_reward(
         config.rewards, config.reward_model, config.run.output_dir, backbone, config.data.system_prompt
     )
+    notes = check_columns(reward.terms, [prompt.columns for prompt in prompts.examples])
     # Loading a reward adapter onto the shared base must not leave it trainable.
     if start.policy.adapter is not None:
         backbone.train_only(
             [start.policy.adapter, *([start.policy.value_adapter] if start.policy.value_adapter else [])]
         )
-    return OnlineParts(start.policy, start.reference, reward, prompts.examples, encoder, str(prompts.report))
+    report = "; ".join([str(prompts.report), *notes])
+    return OnlineParts(start.policy, start.reference, reward, prompts.examples, encoder, report)
 
 
 def announce_online(config: OnlineConfig, run: Run, parts: OnlineParts) -> None:
@@ -140,6 +143,7 @@ class Rollouts:
             moments,
             torch.tensor([repetition_share(text) for text in completions], device=device),
             torch.tensor(refusal_flags(completions), device=device),
+            self.config.generation.max_new_tokens,
         )
 
     def reference_logprobs(self, trajectory: Trajectory) -> Tensor:

@@ -26,7 +26,7 @@ from rlhf.infra.profiling import PhaseTimer
 from rlhf.models.policy import Policy
 from rlhf.recipes.nonfinite import NonFiniteGuard
 from rlhf.recipes.online_config import OnlineConfig
-from rlhf.recipes.online_state import Progress, load_state, save_state
+from rlhf.recipes.online_state import Progress, Rollout, load_state, save_state
 from rlhf.rollout.trajectory import Experience
 
 # From a mini-batch, whose counts it may need, to the loss of one of its micro-batches.
@@ -99,10 +99,10 @@ class Updates:
         groups = batches_by_tokens(lengths, self.config.updates.max_tokens_per_micro_batch)
         return [part.select(torch.tensor(group, device=part.scores_B.device)) for group in groups]
 
-    def finish_iteration(self, experience: Experience) -> None:
+    def finish_iteration(self, rollout: Rollout) -> None:
         """Step on to the next iteration: the KL coefficient follows the batch just measured, where that has a KL."""
-        former, updates = self.progress, self.progress.updates
-        mean_kl, tokens = float(experience.kl_B.mean()), int(experience.trajectory.response_mask_BR.sum())
+        former, updates, experience = self.progress, self.progress.updates, rollout.experience
+        mean_kl = float(experience.kl_B.mean())
         gap = updates[0].metrics["policy/ratio_deviation"]
         if gap > MAX_LOGPROB_GAP and not self.recomputes:
             self.run.logger.info(
@@ -113,7 +113,7 @@ class Updates:
             former,
             step=former.step + 1,
             kl=former.kl.updated(mean_kl, len(experience)) if isfinite(mean_kl) else former.kl,
-            tokens=former.tokens + tokens,
+            tokens=former.tokens + rollout.sampled_tokens,
             first_length=former.first_length or float(experience.trajectory.lengths_B.float().mean()),
             recompute=former.recompute or gap > MAX_LOGPROB_GAP,
             rollout=None,

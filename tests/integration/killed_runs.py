@@ -170,7 +170,7 @@ class Workshop:
 
     def settings(self, recipe: str, name: str) -> list[str]:
         """A few steps in which everything that a checkpoint must hold is in use."""
-        data = {"ppo": "prompts", "sft": "answers", "kto": "thumbs"}.get(recipe, "pairs")
+        data = {"ppo": "prompts", "grpo": "prompts", "sft": "answers", "kto": "thumbs"}.get(recipe, "pairs")
         shared = [
             f"run.output_dir={self.folder}",
             f"run.name={name}",
@@ -181,22 +181,24 @@ class Workshop:
             "optimizer.learning_rate=0.01",
             "optimizer.warmup_ratio=0.2",
         ]
-        if recipe == "ppo":
+        if recipe in ("ppo", "grpo"):
             reward = "{name: target_string, arguments: {text: %s}}"
+            epochs = {
+                "ppo": ["ppo.rollout_batch_size=8", "ppo.num_ppo_epochs=2", "ppo.value_head=mlp", "ppo.target_kl=null"],
+                "grpo": ["grpo.num_prompts=3", "grpo.num_generations=3", "grpo.num_epochs=2", "shaping.normalise=true",
+                         "grpo.max_sampling_rounds=3"],
+            }  # fmt: skip
             return [
                 *shared,
+                *epochs[recipe],
                 "policy=source",
                 "data.validation_fraction=0",
                 f"rewards=[{reward % 'red'}, {reward % 'one'}]",
                 "generation.max_new_tokens=5",
-                "ppo.num_iterations=3",
-                "ppo.rollout_batch_size=8",
-                "ppo.num_ppo_epochs=2",
-                "ppo.num_mini_batches=2",
-                "ppo.max_tokens_per_micro_batch=40",
-                "ppo.value_head=mlp",
-                "ppo.target_kl=null",
-                "ppo.save_every_updates=1",
+                f"{recipe}.num_iterations=3",
+                f"{recipe}.num_mini_batches=2",
+                f"{recipe}.max_tokens_per_micro_batch=40",
+                f"{recipe}.save_every_updates=1",
                 "kl.controller=adaptive",
                 "kl.target=0.05",
                 "kl.horizon=20",

@@ -28,6 +28,7 @@ from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.recipes.dpo import run_dpo
 from rlhf.recipes.evaluate import run_evaluation
+from rlhf.recipes.grpo import run_grpo
 from rlhf.recipes.kto import run_kto
 from rlhf.recipes.pipeline import PipelineConfig, WorldConfig, write_world
 from rlhf.recipes.ppo import run_ppo
@@ -45,6 +46,7 @@ RUNNERS: dict[str, Callable[..., Any]] = {
     "dpo": run_dpo,
     "kto": run_kto,
     "ppo": run_ppo,
+    "grpo": run_grpo,
     "eval": run_evaluation,
 }
 TEMPLATE = (

@@ -12,7 +12,8 @@ from killed_runs import Workshop, assert_same_run, chosen, command, log_lines, n
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and fork exist on Unix only")
 
-RECIPES = ["ppo", "sft", "rm", "dpo", "kto"]
+RECIPES = ["ppo", "grpo", "sft", "rm", "dpo", "kto"]
+ONLINE = ["ppo", "grpo"]
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +47,12 @@ def test_c1_a_killed_run_goes_on_bit_for_bit(workshop: Workshop, recipe: str) ->
     goes_on(workshop, recipe, moment)
 
 
-def test_c1_ppo_killed_inside_an_inner_epoch_goes_on_bit_for_bit(workshop: Workshop) -> None:
-    straight, ended = workshop.uninterrupted("ppo")
+@pytest.mark.parametrize("recipe", ONLINE)
+def test_c1_killed_inside_an_inner_epoch_it_goes_on_bit_for_bit(workshop: Workshop, recipe: str) -> None:
+    straight, ended = workshop.uninterrupted(recipe)
     # The third of the four updates of the second iteration, with its gradients there and its weights not yet moved.
     (moment,) = chosen(ended.moments, "gradients 6")
-    folder = workshop.killed("ppo", moment, "inside")
+    folder = workshop.killed(recipe, moment, f"{recipe}-inside")
     assert newest_checkpoint(folder).name == "step_000001.002"
     assert len(log_lines(folder)) == 1
     again = workshop.resumed(folder)
@@ -85,10 +87,10 @@ def test_a_run_killed_before_it_was_recorded_can_be_started_again(workshop: Work
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_c1_killed_at_each_step(workshop: Workshop, recipe: str) -> None:
-    """Before each step, and in each between its gradients and its weights; PPO inside its inner epochs as well."""
+    """Before each step, and in each between its gradients and its weights; PPO, GRPO inside their inner epochs too."""
     _, ended = workshop.uninterrupted(recipe)
     moments = chosen(ended.moments, "step ", "gradients ")
-    assert len(moments) == 2 * (12 if recipe == "ppo" else 6)
+    assert len(moments) == 2 * (12 if recipe in ONLINE else 6)
     for moment in moments:
         goes_on(workshop, recipe, moment)
 
@@ -96,9 +98,9 @@ def test_c1_killed_at_each_step(workshop: Workshop, recipe: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_c2_killed_at_each_sync_and_rename(workshop: Workshop, recipe: str) -> None:
-    """At the start, while it saves (PPO: inside an iteration and at its end), after the last checkpoint."""
+    """At the start, while it saves (PPO, GRPO: inside an iteration and at its end), after the last checkpoint."""
     moments = workshop.uninterrupted(recipe)[1].moments
-    window = within(moments, "step 6", "step 8") if recipe == "ppo" else within(moments, "step 1", "step 2")
+    window = within(moments, "step 6", "step 8") if recipe in ONLINE else within(moments, "step 1", "step 2")
     last = [n for n in chosen(moments, "rename to") if "/checkpoints/" in moments[n]][-1]
     for moment in [*range(moments.index("step 0")), *window, *range(last, len(moments))]:
         goes_on(workshop, recipe, moment)

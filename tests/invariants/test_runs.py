@@ -22,6 +22,7 @@ from rlhf.infra.experiment import Run
 from rlhf.models.policy import Policy
 from rlhf.recipes.dpo import DPOConfig
 from rlhf.recipes.evaluate import EvaluateConfig
+from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.kto import KTOConfig
 from rlhf.recipes.pipeline import PipelineConfig
 from rlhf.recipes.ppo import PPO
@@ -139,7 +140,17 @@ def test_C2_what_was_only_begun_is_never_used(tmp_path: Path, monkeypatch: pytes
     assert found is not None and found.step == 1
 
 
-RECIPES = [SFTConfig, RewardConfig, DPOConfig, KTOConfig, PPOConfig, EvaluateConfig, PipelineConfig, PretrainConfig]
+RECIPES = [
+    SFTConfig,
+    RewardConfig,
+    DPOConfig,
+    KTOConfig,
+    PPOConfig,
+    GRPOConfig,
+    EvaluateConfig,
+    PipelineConfig,
+    PretrainConfig,
+]
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -27,9 +27,11 @@ from rlhf.models.process_reward_model import ProcessRewardModelConfig
 from rlhf.models.reward_model import RewardModelConfig
 from rlhf.recipes.dpo import DPOConfig
 from rlhf.recipes.evaluate import EvaluateConfig
+from rlhf.recipes.grpo_config import GRPOKLConfig, GRPOSettings, GRPOShapingConfig
 from rlhf.recipes.kto import KTOConfig
+from rlhf.recipes.online_config import OnlineConfig
 from rlhf.recipes.pipeline import WorldConfig
-from rlhf.recipes.ppo_config import PPOConfig, PPOSettings
+from rlhf.recipes.ppo_config import PPOSettings
 from rlhf.recipes.pretrain import ArchitectureConfig, PretrainConfig, PretrainDataConfig
 from rlhf.recipes.prm import ProcessRewardConfig
 from rlhf.recipes.resume import CONFIGS
@@ -86,6 +88,9 @@ BASE = {
     "ppo": ["policy={base}", "rewards=[{{name: target_string, arguments: {{text: red}}}}]", "ppo.num_iterations=2",
             "ppo.rollout_batch_size=8", "ppo.num_ppo_epochs=2", "generation.max_new_tokens=6",
             "optimizer.learning_rate=0.01"],
+    "grpo": ["policy={base}", "rewards=[{{name: target_string, arguments: {{text: red}}}}]", "grpo.num_iterations=2",
+             "grpo.num_prompts=4", "grpo.num_generations=4", "grpo.num_epochs=2", "generation.max_new_tokens=6",
+             "optimizer.learning_rate=0.01"],
     "eval": ["models={{base: {base}, tuned: {policy}}}", "generation.max_new_tokens=6", "suite.num_heldout=8"],
 }  # fmt: skip
 SHARED = ["run.name=run", "run.output_dir={runs}", "run.device=cpu", "run.num_threads=1", "data.train_files={pairs}"]
@@ -100,6 +105,7 @@ RULES_ONLY, TWO_RULES = (f"rewards=[{TARGET}]",), (f"rewards=[{TARGET}, {LENGTH}
 SMALL_WORLD = (*TINYCHAT, "suite.num_ood=1", "suite.num_probes=1")
 MODEL_REWARD = ("rewards=[{{name: model}}]", "reward_model={reward}")
 ONE_UPDATE = ("ppo.num_ppo_epochs=1", "ppo.num_mini_batches=1")
+ONE_UPDATE_OF_GROUPS = ("grpo.num_epochs=1", "grpo.num_mini_batches=1")
 
 CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
     RunConfig: {
@@ -234,8 +240,24 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
             Refused("6", IDLE, ("generation.max_new_tokens=6",)),
         ],
         "length_penalty": [Changes("0.5", (".length_budget=2",)), Refused("0.5", IDLE)],
+        "overlong_buffer": [
+            Changes("2"),
+            Refused("2", IDLE, (".overlong_penalty=0",)),
+            Refused("9", "no answer is longer than", ("generation.max_new_tokens=6",)),
+        ],
+        "overlong_penalty": [Changes("0.5", (".overlong_buffer=2",)), Refused("0.5", IDLE)],
         "repetition_penalty": [Changes("5", ("generation.temperature=0.001", "generation.max_new_tokens=12"))],
         "refusal_penalty": [Changes("5", ("policy={refuser}",))],
+    },
+    GRPOShapingConfig: {"normalise": [Changes("true")]},
+    GRPOKLConfig: {
+        "estimator": [
+            Changes("k2"),
+            Changes("k2", (".place=reward",)),
+            Refused("k1", "zero on average"),
+            Refused("k2", IDLE, (".coefficient=0",)),
+        ],
+        "place": [Changes("reward"), Refused("reward", IDLE, (".coefficient=0",))],
     },
     RewardTermConfig: {
         "name": [
@@ -275,6 +297,23 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "save_every_updates": [Changes("1", ("run.keep_checkpoints=9",)), Refused("2", IDLE)],
     },
     ProcessRewardModelConfig: {"train": [Changes("full"), Changes("frozen")]},
+    GRPOSettings: {
+        "num_iterations": [Changes("3")],
+        "num_prompts": [Changes("3")],
+        "num_generations": [Changes("3"), Refused("1", "use at least 2")],
+        "num_epochs": [Changes("3")],
+        "num_mini_batches": [Changes("2"), Refused("17", "a rollout has only 16 rows")],
+        "max_tokens_per_micro_batch": [Changes("30")],
+        "advantage": [Changes("leave_one_out"), Changes("group_centred")],
+        "loss_mean": [Changes("token_mean"), Changes("constant_length")],
+        "max_sampling_rounds": [Changes("3")],
+        "clip_range": [Changes("0.001"), Refused("0.1", IDLE, ONE_UPDATE_OF_GROUPS)],
+        "clip_range_high": [Changes("0.001"), Refused("0.1", IDLE, ONE_UPDATE_OF_GROUPS)],
+        "entropy_coef": [Changes("0.1")],
+        "target_kl": [Changes("1e-9"), Refused("0.1", IDLE, ONE_UPDATE_OF_GROUPS)],
+        "recompute_logprobs": [Changes("true")],
+        "save_every_updates": [Changes("1", ("run.keep_checkpoints=9",)), Refused("2", IDLE)],
+    },
     RewardModelConfig: {
         "pooling": [Changes("mean")],
         "suffix": [Changes("big")],
@@ -339,7 +378,7 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "desirable_weight": [Changes("2")],
         "undesirable_weight": [Changes("2")],
     },
-    PPOConfig: {
+    OnlineConfig: {
         "policy": [Changes("{other}")],
         "reward_model": [Changes("{other_reward}", MODEL_REWARD), Refused("{reward}", IDLE)],
         "rewards": [Changes("[{{name: length_penalty, arguments: {{target_words: 2}}}}]")],
@@ -356,6 +395,17 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
     },
 }  # fmt: skip
 
+# What is the same in all recipes that sample.
+ONLINE: dict[str, list[Case]] = {
+    "model.lora.lora_dropout": [Refused("0.5", IDLE)],
+    "data.max_validation_samples": [Refused("1", IDLE)],
+    "generation.merge_adapter": [
+        Changes("false"),
+        Refused("false", IDLE, ("run.dtype=bf16",)),
+        Refused("false", IDLE, FULL),
+        Refused("false", IDLE, ("model.load_in_4bit=true",)),
+    ],
+}
 # Where one recipe differs from the others that have the section.
 IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
     "pretrain": {
@@ -444,16 +494,8 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
         "training.per_device_train_batch_size": [Changes("5"), Refused("1", "answers put behind other prompts")],
         "model.lora.lora_dropout": [Refused("0.5", IDLE)],
     },
-    "ppo": {
-        "model.lora.lora_dropout": [Refused("0.5", IDLE)],
-        "data.max_validation_samples": [Refused("1", IDLE)],
-        "generation.merge_adapter": [
-            Changes("false"),
-            Refused("false", IDLE, ("run.dtype=bf16",)),
-            Refused("false", IDLE, FULL),
-            Refused("false", IDLE, ("model.load_in_4bit=true",)),
-        ],
-    },
+    "ppo": ONLINE,
+    "grpo": ONLINE,
     "eval": {
         "run.max_minutes": [Refused("1", IDLE)],
         "run.save_every_steps": [Refused("1", IDLE)],

@@ -189,4 +189,4 @@ def test_schema_is_printed_or_written(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"# yaml-language-server: $schema={path}" in capsys.readouterr().out
     assert rlhf("config", "schema", "rm", "--output", str(tmp_path / "no" / "rm.json")) == 2
     assert "cannot be written" in capsys.readouterr().err
-    assert rlhf("config", "schema", "grpo") == 2
+    assert rlhf("config", "schema", "a2c") == 2
