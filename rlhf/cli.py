@@ -139,7 +139,7 @@ def pipeline(config: ConfigOption = None, overrides: Overrides = None) -> None:
 @app.command()
 def doctor(
     recipe: Annotated[
-        str, typer.Argument(help="sft, rm, dpo, kto, ppo or pipeline.", show_default=False, metavar="RECIPE")
+        str, typer.Argument(help="sft, rm, dpo, kto, ppo, grpo or pipeline.", show_default=False, metavar="RECIPE")
     ],
     config: ConfigOption = None,
     overrides: Overrides = None,

@@ -22,10 +22,11 @@ from rlhf.infra.determinism import seed_everything
 from rlhf.infra.device import check_dtype, resolve_device, set_num_threads
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import RunConfig
-from rlhf.recipes.doctor_ppo import examine_ppo
+from rlhf.recipes.doctor_online import examine_grpo, examine_ppo
 from rlhf.recipes.doctor_stages import START, examine_dpo, examine_kto, examine_reward, examine_sft
 from rlhf.recipes.doctor_subject import NUM_PAIRS, NUM_ROWS, CannotGoOnError, sampled
 from rlhf.recipes.dpo import DPOConfig
+from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.kto import KTOConfig
 from rlhf.recipes.pipeline import PipelineConfig, with_sources
 from rlhf.recipes.ppo_config import PPOConfig
@@ -35,7 +36,7 @@ from rlhf.recipes.reward import RewardConfig
 from rlhf.recipes.sft import SFTConfig
 from rlhf.recipes.stages import save_policy
 
-RECIPES = ("sft", "rm", "dpo", "kto", "ppo", "pipeline")
+RECIPES = ("sft", "rm", "dpo", "kto", "ppo", "grpo", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def _examined(config: Config, scratch: Path) -> Iterator[StageFinding]:
         yield from _stage("dpo", config.run, lambda device: examine_dpo(config, device, scratch))
     elif isinstance(config, KTOConfig):
         yield from _stage("kto", config.run, lambda device: examine_kto(config, device, scratch))
+    elif isinstance(config, GRPOConfig):
+        yield from _stage("grpo", config.run, lambda device: examine_grpo(config, device, scratch))
     else:
         assert isinstance(config, PPOConfig)
         yield from _stage("ppo", config.run, lambda device: examine_ppo(config, device, scratch))

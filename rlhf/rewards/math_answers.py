@@ -64,9 +64,9 @@ def final_answer(solution: str, *, marked_only: bool = False) -> str | None:
     for find in _MARKERS.values():
         found = find(text)
         if found is not None and found.strip(" .*$"):
-            return found.strip()[:MAX_ANSWER]
+            return found.strip()
     numbers = [] if marked_only else _LAST_NUMBER.findall(text)
-    return numbers[-1] if numbers else None
+    return numbers[-1].strip() if numbers else None
 
 
 def marker_of(solution: str) -> str | None:
@@ -87,6 +87,8 @@ def same_answer(answer: str, reference: str, tolerance: float = 1e-6) -> bool:
     percentage equals the number before its sign, and its hundredth part where the other one is no percentage. Lists
     without brackets and sets may stand in any order.
     """
+    if max(len(answer), len(reference)) > MAX_ANSWER:
+        return False
     ours, theirs = normalised(answer), normalised(reference)
     right = as_number(reference)
     if right is None:
@@ -101,7 +103,7 @@ def same_answer(answer: str, reference: str, tolerance: float = 1e-6) -> bool:
 
 def as_number(text: str) -> Number | None:
     """The text as a number with at most a currency, a percent sign or a unit; None where it is anything else."""
-    match = _NUMBER.fullmatch(normalised(text))
+    match = _NUMBER.fullmatch(normalised(text)) if len(text) <= MAX_ANSWER else None
     if match is None:
         return None
     part = match.groupdict()
@@ -121,7 +123,7 @@ def as_number(text: str) -> Number | None:
 
 def normalised(text: str) -> str:
     """The text without typography: spacing, sizes and fonts of LaTeX, dollar signs, a closing full stop, "x ="."""
-    found = text.strip()[:MAX_ANSWER]
+    found = text.strip()
     for pattern, replacement in _TYPOGRAPHY:
         found = pattern.sub(replacement, found)
     found = re.sub(r"\s+", " ", found).strip().removesuffix(".").strip()

@@ -148,6 +148,13 @@ def test_ppo_with_a_sound_reward_model(tmp_path: Path, ppo: list[str]) -> None:
     assert levels == dict.fromkeys(names, "green")
 
 
+def test_grpo_is_checked_like_ppo_and_its_verifiers_against_the_prompts(tmp_path: Path, ppo: list[str]) -> None:
+    levels = diagnosed("grpo", *ppo, f"reward_model={tmp_path / 'reward'}")
+    names = ["T10", "T6", "start", "T3", "T4", "T2", "T1", "P2", "P1", "P8", "V9", "V8", "O12"]
+    assert levels == dict.fromkeys(names, "green")
+    assert diagnosed("grpo", *ppo, "rewards=[{name: math_answer}]") == {"T10": "green", "T6": "green", "start": "red"}
+
+
 def test_ppo_is_checked_on_a_rollout_even_where_its_reward_model_has_no_head(tmp_path: Path, ppo: list[str]) -> None:
     (tmp_path / "reward" / HEAD_FILE).unlink()
     levels = diagnosed("ppo", *ppo, f"reward_model={tmp_path / 'reward'}")
@@ -205,5 +212,5 @@ def test_the_command_line(tmp_path: Path, pairs: str) -> None:
     broken = runner.invoke(app, ["doctor", "sft", "model.name_or_path=/nowhere/at/all"])
     assert broken.exit_code == 1
     assert broken.stdout.splitlines()[-1].startswith("0 green, 0 yellow, 1 red")
-    with pytest.raises(UserError, match="choose from sft, rm, dpo, kto, ppo, pipeline"):
+    with pytest.raises(UserError, match="choose from sft, rm, dpo, kto, ppo, grpo, pipeline"):
         runner.invoke(app, ["doctor", "eval"], catch_exceptions=False)

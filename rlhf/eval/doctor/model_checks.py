@@ -86,7 +86,9 @@ def ratio_starts_at_one(policy: Policy, trajectory: Trajectory, *, recomputes: b
     if recomputes:
         again = Gap.between(_policy_logprobs(policy, trajectory), _policy_logprobs(policy, trajectory))
         return RATIO.graded(again, REPEAT_BOUNDS, f"between two forward passes ({old.largest:.1e} {seen})", "see P2")
-    return RATIO.graded(old, LOGPROB_BOUNDS[dtype], seen, "set ppo.recompute_logprobs=true, or run.dtype=fp32")
+    return RATIO.graded(
+        old, LOGPROB_BOUNDS[dtype], seen, "set recompute_logprobs=true in the recipe's section, or run.dtype=fp32"
+    )
 
 
 @torch.no_grad()

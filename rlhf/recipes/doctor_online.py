@@ -1,12 +1,13 @@
-"""Which checks PPO gets: on prompts, on a real rollout, on policy against reference, and on the reward model.
+"""Which checks PPO and GRPO get: on prompts, on a real rollout, on policy against reference, on the reward model.
 
 The policy is checked even where the reward model cannot be loaded: it is then prepared with a rule in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from rlhf.models.lora import delete_adapter
 from rlhf.models.reward_model import load_reward_model
 from rlhf.recipes.doctor_stages import START
 from rlhf.recipes.doctor_subject import NUM_PASSES, Subject, sampled
+from rlhf.recipes.grpo import prepare as prepare_grpo
+from rlhf.recipes.grpo_config import GRPOConfig
+from rlhf.recipes.online_config import OnlineConfig
 from rlhf.recipes.ppo import prepare as prepare_ppo
 from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.rollouts import OnlineParts
@@ -31,7 +35,8 @@ from rlhf.rewards.protocol import RewardTermConfig
 from rlhf.rollout.sampler import Sampler
 from rlhf.rollout.trajectory import Trajectory
 
-REWARD = "reward"  # the adapter name under which PPO loads a reward model
+OnlineConfigT = TypeVar("OnlineConfigT", bound=OnlineConfig)
+REWARD = "reward"  # the adapter name under which a reward model is loaded
 _NUM_PROMPTS, _MAX_NEW_TOKENS = 16, 64
 
 
@@ -40,13 +45,28 @@ def examine_ppo(config: PPOConfig, device: torch.device, scratch: Path, stand_in
 
     `stand_in`: the policy has not learnt yet what it will know when the run starts, such as to stop.
     """
+    yield from _examine("PPO", config, lambda small, rows: prepare_ppo(small, device, rows), scratch, stand_in)
+
+
+def examine_grpo(config: GRPOConfig, device: torch.device, scratch: Path) -> Iterator[Finding]:
+    """The same of GRPO, which has no critic."""
+    yield from _examine("GRPO", config, lambda small, rows: prepare_grpo(small, device, rows), scratch)
+
+
+def _examine(
+    name: str,
+    config: OnlineConfigT,
+    prepare: Callable[[OnlineConfigT, Path], OnlineParts],
+    scratch: Path,
+    stand_in: bool = False,
+) -> Iterator[Finding]:
     subject = Subject.open(config.policy, config.model, config.data, config.run.output_dir, scratch, "prompts")
     prompts, finding = subject.within_length(
         PromptDataset, config.data, _num_ids, "max_prompt_length", config.generation.max_new_tokens
     )
     yield finding
-    yield subject.bos("PPO", [prompt.prompt_ids for prompt in prompts])
-    parts = prepare_ppo(_without_reward_model(config), device, scratch / "rejected.jsonl")
+    yield subject.bos(name, [prompt.prompt_ids for prompt in prompts])
+    parts = prepare(_without_reward_model(config), scratch / "rejected.jsonl")
     yield START.green(f"{parts.policy.backbone.name}; {parts.report}")
     rollout = Rollout(config, parts, subject)
     yield from rollout.findings(stand_in)
@@ -60,7 +80,7 @@ def examine_ppo(config: PPOConfig, device: torch.device, scratch: Path, stand_in
 class Rollout:
     """A small rollout by the recipe's own sampler, and what can be said of it."""
 
-    def __init__(self, config: PPOConfig, parts: OnlineParts, subject: Subject) -> None:
+    def __init__(self, config: OnlineConfig, parts: OnlineParts, subject: Subject) -> None:
         self.config, self.parts, self.subject = config, parts, subject
         self.stops = parts.encoder.stop_token_ids
         self.batch = subject.spread(parts.prompts, _num_ids, _NUM_PROMPTS)
@@ -68,7 +88,7 @@ class Rollout:
         self.trajectory = self.sample(self.prompts)
 
     def sample(self, prompts: Sequence[Sequence[int]], stops: Sequence[int] | None = None) -> Trajectory:
-        """Answers as PPO draws them, of a length that does not take long; `stops` end them in place of its own."""
+        """Answers as the recipe draws them, of a length that takes no time; `stops` end them in place of its own."""
         settings = self.config.generation
         short = settings.model_copy(update={"max_new_tokens": min(settings.max_new_tokens, _MAX_NEW_TOKENS)})
         sampler = Sampler(self.parts.policy, short, stops or self.stops)
@@ -85,7 +105,7 @@ class Rollout:
         rows = _as_examples(trajectory)
         yield model_checks.left_padding_changes_nothing(policy.backbone, policy.adapter, rows[:NUM_PASSES])
         yield model_checks.no_dropout(self._forward, policy)
-        yield model_checks.ratio_starts_at_one(policy, trajectory, recomputes=self.config.ppo.recompute_logprobs)
+        yield model_checks.ratio_starts_at_one(policy, trajectory, recomputes=self.config.updates.recompute_logprobs)
         yield model_checks.rollout_starts_at_reference(
             policy,
             lambda part: reference.logprobs(
@@ -105,7 +125,7 @@ class Rollout:
         return token_checks.masks_survive_padding(rows, lambda one: self._padded(one, stops, places), stops, pad)
 
     def reward_findings(self) -> Iterator[Finding]:
-        """V9 and V8 of the reward model, loaded and asked as PPO does."""
+        """V9 and V8 of the reward model, loaded and asked as in training."""
         if self.config.reward_model is None:
             yield reward_checks.HEAD.red(
                 "the reward `model` is asked for, but no reward_model is named",
@@ -175,7 +195,7 @@ def _as_examples(trajectory: Trajectory) -> list[TokenExample]:
     return [join(*both) for both in zip(trajectory.prompts(), trajectory.responses(), strict=True)]
 
 
-def _without_reward_model(config: PPOConfig) -> PPOConfig:
+def _without_reward_model(config: OnlineConfigT) -> OnlineConfigT:
     rules = [term for term in config.rewards if term.name != "model"]
     stand_in = rules or [RewardTermConfig(name="keyword_sentiment")]
     return config.model_copy(update={"data": sampled(config.data), "rewards": stand_in})
