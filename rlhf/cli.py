@@ -35,7 +35,9 @@ ConfigOption = Annotated[
 Recipe = Annotated[
     str,
     typer.Argument(
-        help="pretrain, sft, rm, prm, dpo, kto, ppo, grpo, eval or pipeline.", show_default=False, metavar="RECIPE"
+        help="pretrain, sft, rm, prm, prm-label, dpo, kto, ppo, grpo, eval or pipeline.",
+        show_default=False,
+        metavar="RECIPE",
     ),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as section.key=value.", show_default=False)]
@@ -75,6 +77,19 @@ def prm(config: ConfigOption = None, overrides: Overrides = None) -> None:
     from rlhf.recipes.prm import ProcessRewardConfig, run_prm
 
     _say(run_prm(load_config(ProcessRewardConfig, config, overrides or ())))
+
+
+@app.command("prm-label")
+def prm_label(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Label steps without people: sample solutions, complete every step several times, check the answers."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.prm_label import LABELS, run_prm_label
+    from rlhf.recipes.prm_label_config import StepLabelConfig
+
+    run = run_prm_label(load_config(StepLabelConfig, config, overrides or ()))
+    _say(run)
+    if run.stop_reason is None:
+        typer.echo(f"labels: {run.folder / LABELS}")
 
 
 @app.command()

@@ -166,6 +166,21 @@ class PromptDataConfig(SourceConfig):
     """Rows whose prompts are answered by the policy."""
 
     max_prompt_length: int = Field(default=256, ge=1, description="longest prompt kept, in tokens")
+    families: Names = Field(
+        default=(), description="of the built-in world: some of arithmetic, safety, code, facts; empty: all four"
+    )
+
+    @field_validator("families", mode="before")
+    @classmethod
+    def _one_family_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        idle = dict(super().idle_keys())
+        if not self.is_tinychat and self.families:
+            idle["families"] = "only the built-in world has families"
+        return idle
 
 
 def _are_files(names: tuple[str, ...]) -> bool:

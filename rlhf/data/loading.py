@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.data.data_config import SourceConfig
+from rlhf.data.data_config import PromptDataConfig, SourceConfig
 from rlhf.data.dialogue import is_hh_prompt, parse_hh_dialogue
 from rlhf.data.fields import MalformedRowError, UnusableRowError
 from rlhf.data.formats import Format, detect_format
@@ -100,8 +100,11 @@ def _tinychat(config: SourceConfig, split: str, num: int, world: WorldRows) -> L
     seed = config.split_seed
     if world == "pairs":
         rows = tinychat.preference_pairs(split, num, seed)
+    elif world == "prompts":
+        families = config.families if isinstance(config, PromptDataConfig) else ()
+        rows = tinychat.prompt_rows(split, num, seed, families or None)
     else:
-        rows = tinychat.prompt_rows(split, num, seed) if world == "prompts" else tinychat.step_rows(split, num, seed)
+        rows = tinychat.step_rows(split, num, seed)
     return rows_from_memory(rows, config, name="tinychat")
 
 

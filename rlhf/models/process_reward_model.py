@@ -44,14 +44,15 @@ class ProcessRewardModel(ScoringModel):
         """See `ScoringModel`."""
         super().__init__(backbone, adapter, train, model_config)
         self.separator = separator
+        self.looks_ahead = looks_ahead(self.backbone)
 
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, step_mask_BT: Tensor) -> Tensor:
         """Logits (B, T) where `step_mask_BT` is True, 0 elsewhere; fp32, independent of padding.
 
-        A step is judged by what stands before and in it. A causal model sees no more anyway; an encoder would see the
-        steps that follow, so every step gets a pass of its own that ends with it.
+        A step is judged by what stands before and in it. A causal model sees no more anyway; an encoder would see what
+        follows, if only that nothing does, so every step gets a pass of its own that ends with it.
         """
-        if self.backbone.is_encoder:
+        if self.looks_ahead:
             rows_M, columns_M = step_mask_BT.nonzero(as_tuple=True)
             columns_T = torch.arange(step_mask_BT.shape[1], device=step_mask_BT.device)
             mask_MT = attention_mask_BT[rows_M] & (columns_T <= columns_M.unsqueeze(1))
@@ -64,7 +65,7 @@ class ProcessRewardModel(ScoringModel):
 
     def cost(self, num_tokens: int, num_steps: int) -> int:
         """Tokens that a solution of this length takes in a pass (see `forward`)."""
-        return num_tokens * num_steps if self.backbone.is_encoder else num_tokens
+        return num_tokens * num_steps if self.looks_ahead else num_tokens
 
     def settings(self) -> dict[str, Any]:
         return {"separator": self.separator}
@@ -72,3 +73,15 @@ class ProcessRewardModel(ScoringModel):
     @classmethod
     def with_settings(cls, backbone: Backbone, adapter: str | None, description: dict[str, Any]) -> ProcessRewardModel:
         return cls(backbone, adapter, description["separator"], "frozen")
+
+
+@torch.no_grad()
+def looks_ahead(backbone: Backbone) -> bool:
+    """Whether a token's hidden state depends on later tokens: tried out, since classes and configs do not tell.
+
+    An encoder such as BERT also comes as a class with a language-model head, and is no causal model for that.
+    """
+    one, other = backbone.tokenizer.eos_token_id, 0 if backbone.tokenizer.eos_token_id else 1
+    ids_BT = torch.tensor([[one, one, one], [one, one, other]], device=backbone.device)
+    first, second = backbone.hidden(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))[:, 0].float()
+    return float((first - second).norm() / first.norm()) > 1e-3

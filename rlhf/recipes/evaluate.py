@@ -95,7 +95,7 @@ class EvaluateConfig(Config):
         """The built-in world is asked through `suite`, other data through `data`."""
         if self.data.is_tinychat:
             reason = "the prompts of the built-in world are chosen in `suite`; name data.train_files or data.name"
-            names = ["max_samples", "max_validation_samples", "max_prompt_length", "split_seed"]
+            names = ["max_samples", "max_validation_samples", "max_prompt_length", "split_seed", "families"]
             return dict.fromkeys(
                 [f"data.{name}" for name in [*names, "validation_files", "validation_fraction"]], reason
             )

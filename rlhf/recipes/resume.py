@@ -19,6 +19,8 @@ from rlhf.recipes.ppo import run_ppo
 from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.pretrain import PretrainConfig, run_pretrain
 from rlhf.recipes.prm import ProcessRewardConfig, run_prm
+from rlhf.recipes.prm_label import run_prm_label
+from rlhf.recipes.prm_label_config import StepLabelConfig
 from rlhf.recipes.reward import RewardConfig, run_reward
 from rlhf.recipes.sft import SFTConfig, run_sft
 
@@ -27,6 +29,7 @@ CONFIGS: dict[str, type[Config]] = {
     "sft": SFTConfig,
     "reward": RewardConfig,
     "prm": ProcessRewardConfig,
+    "prm_label": StepLabelConfig,
     "dpo": DPOConfig,
     "kto": KTOConfig,
     "ppo": PPOConfig,
@@ -37,8 +40,8 @@ CONFIGS: dict[str, type[Config]] = {
 
 
 def config_class(recipe: str) -> type[Config]:
-    """The config class of a recipe by its name; `rm` is another word for reward."""
-    name = "reward" if recipe == "rm" else recipe
+    """The config class of a recipe by its name; `rm` is another word for reward, a hyphen as good as an underscore."""
+    name = "reward" if recipe == "rm" else recipe.replace("-", "_")
     if name not in CONFIGS:
         raise UserError(f"no recipe '{recipe}'; choose from {', '.join(CONFIGS)}")
     return CONFIGS[name]
@@ -65,6 +68,8 @@ def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -
         return run_reward(config, folder)
     if isinstance(config, ProcessRewardConfig):
         return run_prm(config, folder)
+    if isinstance(config, StepLabelConfig):
+        return run_prm_label(config, folder)
     if isinstance(config, DPOConfig):
         return run_dpo(config, folder)
     if isinstance(config, KTOConfig):

@@ -5,7 +5,6 @@ Legend: S steps of an answer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,35 +16,10 @@ from rlhf.data.chat import ChatEncoder
 from rlhf.data.collate import batches_by_tokens, step_batch
 from rlhf.data.rows import Prompt
 from rlhf.data.step_dataset import encode_solutions
+from rlhf.data.step_splitter import LINES, StepSplitter
 from rlhf.infra.errors import UserError
 from rlhf.models.process_reward_model import ProcessRewardModel
 from rlhf.rewards.learned import SCORING_TOKENS
-
-LINES = r"\n+"
-
-
-class StepSplitter:
-    """Cuts an answer into steps at every match of a regular expression, by default at line ends."""
-
-    def __init__(self, pattern: str = LINES) -> None:
-        try:
-            self._between = re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"steps are to be split at {pattern!r}, which is no regular expression: {error}") from error
-
-    def spans(self, text: str) -> list[tuple[int, int]]:
-        """Return (start, end) of every step in the text, without white space around it; what is empty is no step."""
-        bounds = [0, *(place for match in self._between.finditer(text) for place in match.span()), len(text)]
-        found = []
-        for start, end in zip(bounds[::2], bounds[1::2], strict=True):
-            step = text[start:end]
-            if step.strip():
-                found.append((start + len(step) - len(step.lstrip()), start + len(step.rstrip())))
-        return found
-
-    def steps(self, text: str) -> list[str]:
-        """Return the steps themselves."""
-        return [text[start:end] for start, end in self.spans(text)]
 
 
 class ProcessReward:

@@ -34,6 +34,7 @@ from rlhf.recipes.pipeline import PipelineConfig, WorldConfig, write_world
 from rlhf.recipes.ppo import run_ppo
 from rlhf.recipes.pretrain import run_pretrain
 from rlhf.recipes.prm import run_prm
+from rlhf.recipes.prm_label import run_prm_label
 from rlhf.recipes.resume import CONFIGS
 from rlhf.recipes.reward import run_reward
 from rlhf.recipes.sft import run_sft
@@ -43,6 +44,7 @@ RUNNERS: dict[str, Callable[..., Any]] = {
     "sft": run_sft,
     "reward": run_reward,
     "prm": run_prm,
+    "prm_label": run_prm_label,
     "dpo": run_dpo,
     "kto": run_kto,
     "ppo": run_ppo,

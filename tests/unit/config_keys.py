@@ -34,6 +34,7 @@ from rlhf.recipes.pipeline import WorldConfig
 from rlhf.recipes.ppo_config import PPOSettings
 from rlhf.recipes.pretrain import ArchitectureConfig, PretrainConfig, PretrainDataConfig
 from rlhf.recipes.prm import ProcessRewardConfig
+from rlhf.recipes.prm_label_config import SamplingSettings, StepLabelConfig
 from rlhf.recipes.resume import CONFIGS
 from rlhf.recipes.reward import RewardConfig
 from rlhf.recipes.sft import SFTConfig
@@ -81,6 +82,9 @@ BASE = {
                "optimizer.learning_rate=0.01"],
     "prm": ["backbone={base}", "data.train_files={steps}", "data.separator=is",
             "training.per_device_train_batch_size=6", "optimizer.learning_rate=0.01"],
+    "prm_label": ["policy={base}", "rewards=[{{name: target_string, arguments: {{text: red}}}}]",
+                  "generation.max_new_tokens=6", "sampling.split=' the | a '", "sampling.num_solutions=2",
+                  "sampling.num_completions=2", "sampling.questions_at_once=5"],
     "dpo": ["policy={base}", "data.min_length=1", "training.per_device_train_batch_size=6",
             "optimizer.learning_rate=0.01"],
     "kto": ["policy={base}", "data.min_length=1", "training.per_device_train_batch_size=12",
@@ -95,6 +99,7 @@ BASE = {
 }  # fmt: skip
 SHARED = ["run.name=run", "run.output_dir={runs}", "run.device=cpu", "run.num_threads=1", "data.train_files={pairs}"]
 FULL, ALL_TOKENS = ("model.train=full",), ("data.train_on=every_token",)
+GREEDY = (".temperature=0", "sampling.num_solutions=1", "sampling.num_completions=1")
 STEP_SPLITS = ("data.train_files={step_splits}",)
 TWO_SPLITS, TINYCHAT = ("data.train_files={splits}",), ("data.train_files=[]",)
 UNPACKED, PACKED = ("packing=false",), ("packing=true", "data.max_length=24")
@@ -181,7 +186,18 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
     },
     InstructionDataConfig: {"train_on": [Changes("every_token"), Changes("last", (".train_files={chats}",))]},
     PretrainDataConfig: {"train_on": [Refused("last", "every_token")]},
-    PromptDataConfig: {"max_prompt_length": [Changes("3", UNVALIDATED)]},
+    PromptDataConfig: {
+        "max_prompt_length": [Changes("3", UNVALIDATED)],
+        "families": [Changes("[facts]", (*TINYCHAT, ".max_samples=8")), Refused("[facts]", IDLE)],
+    },
+    SamplingSettings: {
+        "num_solutions": [Changes("3")],
+        "num_completions": [Changes("3")],
+        "split": [Changes("red"), Fails("(", "no regular expression")],
+        "right_from": [Changes("-1")],
+        "estimate": [Changes("hard")],
+        "questions_at_once": [Changes("3")],
+    },
     TrainingConfig: {
         "num_train_epochs": [Changes("2")],
         "max_steps": [Changes("2")],
@@ -354,6 +370,11 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "backbone": [Changes("{other}")],
         "use_margin": [Changes("false"), Refused("false", IDLE, TINYCHAT)],
     },
+    StepLabelConfig: {
+        "policy": [Changes("{other}")],
+        "rewards": [Changes("[{{name: length_penalty, arguments: {{target_words: 2}}}}]")],
+        "use_cache": [Changes("false")],
+    },
     ProcessRewardConfig: {"backbone": [Changes("{other}")]},
     DPOConfig: {
         "policy": [Changes("{other}")],
@@ -485,6 +506,26 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
         "data.split_seed": [Changes("1"), Refused("1", IDLE, (".validation_files={more_steps}",))],
         "data.hh_as_messages": [Changes("true", (".train_files={hh_steps}",)), Refused("true", IDLE, TINYCHAT)],
     },
+    "prm_label": {
+        "model.train": [Refused("full", IDLE)],
+        "model.load_in_4bit": [Changes("true")],
+        "model.gradient_checkpointing": [Refused("true", IDLE)],
+        "model.random_init": [Refused("true", "trained weights")],
+        **{f"model.lora.{name}": [Refused(value, IDLE)] for name, value in [
+            ("r", "3"), ("lora_alpha", "5"), ("lora_dropout", "0.5"), ("target_modules", "[q_proj]"),
+            ("use_rslora", "true"),
+        ]},
+        "data.max_validation_samples": [Refused("1", IDLE)],
+        "rewards.0.arguments": [Changes("{{text: green}}", RULES_ONLY)],
+        "generation.temperature": [Changes("0.7"), Refused("0", "all solutions of a question")],
+        "generation.top_p": [Changes("0.5"), Refused("0.5", IDLE, GREEDY)],
+        "generation.top_k": [Changes("3"), Refused("3", IDLE, GREEDY)],
+        "generation.merge_adapter": [
+            Changes("false", ("policy={policy}",)),
+            Refused("false", IDLE, ("run.dtype=bf16",)),
+            Refused("false", IDLE, ("model.load_in_4bit=true",)),
+        ],
+    },
     "dpo": {
         "training.max_tokens_per_micro_batch": [Changes("20")],
         "model.lora.lora_dropout": [Refused("0.5", IDLE)],
@@ -518,6 +559,7 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
         ],
         "data.validation_files": [Changes("{more}"), Refused("{more}", IDLE, TINYCHAT)],
         "data.max_prompt_length": [Changes("3", UNVALIDATED), Refused("7", IDLE, TINYCHAT)],
+        "data.families": [Refused("[facts]", IDLE), Refused("[facts]", IDLE, TINYCHAT)],
         "data.split_seed": [Changes("1"), Refused("1", IDLE, TINYCHAT)],
         "num_reward_pairs": [
             Changes("1", ("reward_model={reward}", "data.validation_fraction=0.5")),

@@ -13,6 +13,7 @@ from rlhf.data.chat import ChatEncoder
 from rlhf.data.data_config import StepDataConfig
 from rlhf.data.rows import PromptRow, StepLabel, StepRow
 from rlhf.data.step_dataset import StepDataset, StepExample
+from rlhf.data.step_splitter import StepSplitter, tokens_until, tokens_within
 from rlhf.data.tinychat import judge_steps, make_tasks, step_rows
 from rlhf.data.tinychat.arithmetic import compose_steps
 from rlhf.infra.errors import UserError
@@ -112,6 +113,38 @@ def test_published_labels_are_split_by_question() -> None:
     questions = [{str(example.row.prompt) for example in part.examples} for part in (train, held)]
     assert not questions[0] & questions[1]
     assert sum(map(len, questions)) == 93
+
+
+# ---------------------------------------------------------------------- free answers
+
+
+def test_steps_of_an_answer() -> None:
+    text = "\n one\ntwo \n\n\n three\n"
+    assert StepSplitter().steps(text) == ["one", "two", "three"]
+    assert [text[start:end] for start, end in StepSplitter().spans(text)] == ["one", "two", "three"]
+    assert StepSplitter(r"\. (?:Then )?").steps("1 + 1 = 2. Then 2 + 1 = 3. Answer: 3") == [
+        "1 + 1 = 2",
+        "2 + 1 = 3",
+        "Answer: 3",
+    ]
+    assert StepSplitter().steps(" \n ") == []
+    with pytest.raises(UserError, match="no regular expression"):
+        StepSplitter("(")
+
+
+@pytest.mark.parametrize("text", ["1 + 1 = 2. Then 2 + 10 = 12.\nAnswer: 12", "é + ü = ö. ß = 3\n\nAnswer: ☃☃", "one"])
+def test_steps_are_found_in_the_tokens(text: str) -> None:
+    for encoder in (ChatEncoder(byte_level(["</s>"], "</s>", vocab_size=256)), ChatEncoder(family("chatml"))):
+        ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        spans = StepSplitter(r"\. |\n+").spans(text)
+        for (_, end), following in zip(spans, [start for start, _ in spans[1:]] + [len(text)], strict=True):
+            count = tokens_until(encoder.decode, ids, end)
+            assert len(encoder.decode(ids[:count])) >= end > len(encoder.decode(ids[: count - 1]))
+            within = tokens_within(encoder.decode, ids, following)
+            assert count <= within and text.startswith(encoder.decode(ids[:within])[:following])
+            assert within == len(ids) or len(encoder.decode(ids[: within + 1])) > following
+        assert tokens_until(encoder.decode, ids, 10_000) == len(ids)
+        assert tokens_until(encoder.decode, ids, 0) == 0
 
 
 # ---------------------------------------------------------------------- the built-in world

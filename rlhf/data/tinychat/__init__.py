@@ -3,7 +3,7 @@
 from rlhf.data.tinychat.gold import GoldConfig, GoldScore, GoldScorer
 from rlhf.data.tinychat.labeller import Labeller, LabellerConfig
 from rlhf.data.tinychat.quality import Candidate, QualityConfig, write_candidate
-from rlhf.data.tinychat.rows import gold_reward, preference_pairs, prompt_rows
+from rlhf.data.tinychat.rows import answer_reward, gold_reward, preference_pairs, prompt_rows
 from rlhf.data.tinychat.schema import Task
 from rlhf.data.tinychat.steps import judge_steps, step_rows
 from rlhf.data.tinychat.tasks import make_tasks
@@ -17,6 +17,7 @@ __all__ = [
     "LabellerConfig",
     "QualityConfig",
     "Task",
+    "answer_reward",
     "gold_reward",
     "judge_steps",
     "make_tasks",

@@ -81,6 +81,14 @@ def gold_reward(
     return [score.total for score in shared_scorer().score([Task.from_row(row) for row in task], texts)]
 
 
+def answer_reward(
+    prompts: Sequence[Any], completions: Sequence[Any], task: Sequence[Mapping[str, Any]], **columns: Any
+) -> list[float]:
+    """Reward function: what gold says of correctness alone (1; 0.5 for a right result with a false equation; 0)."""
+    texts = [said if isinstance(said, str) else str(said[-1]["content"]) for said in completions]
+    return [score.parts["correct"] for score in shared_scorer().score([Task.from_row(row) for row in task], texts)]
+
+
 @lru_cache(maxsize=1)
 def shared_scorer() -> GoldScorer:
     """Return the process-wide scorer with default settings, so that its sandbox starts once and outcomes are kept."""
