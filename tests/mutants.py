@@ -27,6 +27,7 @@ FORMULAS = ("test_algo_golden.py", "test_algo_properties.py", "test_algo_gradien
 PREFERENCES = ("test_algo_golden.py", "test_preference_losses.py", "test_algo_gradients.py")
 TESTS_OF = {
     "trainer.py": ("test_trainer.py", "test_algo_trainer.py"),
+    "best_of_n.py": ("test_best_of_n.py", "test_algo_golden.py"),
     "preference_loss.py": PREFERENCES,
     "kto_loss.py": PREFERENCES,
     "process_loss.py": ("test_process_loss.py", "test_algo_gradients.py"),
@@ -313,6 +314,20 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("difference = chosen_rewards - rejected_rewards", "difference = rejected_rewards - chosen_rewards",
          "preference metrics: sides exchanged"),
         ("+ 0.5 * (difference == 0).float()", "+ 0.0 * (difference == 0).float()", "preference accuracy: ties"),
+    ],
+    "best_of_n.py": [
+        ("math.log(n) - (n - 1) / n", "math.log(n)", "best_of_n_kl: second term"),
+        ("math.log(n) - (n - 1) / n", "math.log(n) + (n - 1) / n", "best_of_n_kl: sign"),
+        ("if n < 1:", "if n < 0:", "best_of_n_kl: of no answer"),
+        ("math.comb(place, n - 1) /", "math.comb(place, n) /", "expected_best: drawn below"),
+        ("/ math.comb(num, n)", "/ math.comb(num, n - 1)", "expected_best: number of draws"),
+        ("scores_KN.argsort(dim=1, stable=True)", "scores_KN.argsort(dim=1, descending=True)",
+         "expected_best: the worst"),
+        ("scores_KN.argsort(dim=1, stable=True)", "worths_KN.argsort(dim=1, stable=True)",
+         "expected_best: sorted by worth"),
+        ("tied_KN.gather(1, order_KN)", "worths_KN.double().gather(1, order_KN)", "expected_best: order of ties"),
+        ("/ same_KNN.sum(dim=2)", "", "expected_best: sum over ties"),
+        ("1 <= n <= num", "1 <= n", "expected_best: more than there are"),
     ],
     "process_loss.py": [
         ("logits[mask], labels[mask], reduction", "logits.flatten(), labels.flatten(), reduction",

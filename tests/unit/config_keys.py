@@ -517,6 +517,8 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
         ]},
         "data.max_validation_samples": [Refused("1", IDLE)],
         "rewards.0.arguments": [Changes("{{text: green}}", RULES_ONLY)],
+        "rewards.0.weight": [Changes("0.1")],
+        "model.attn_implementation": [Changes("sdpa")],
         "generation.temperature": [Changes("0.7"), Refused("0", "all solutions of a question")],
         "generation.top_p": [Changes("0.5"), Refused("0.5", IDLE, GREEDY)],
         "generation.top_k": [Changes("3"), Refused("3", IDLE, GREEDY)],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algo.advantages import GROUP_ADVANTAGES, gae, group_relative
+from rlhf.algo.best_of_n import best_of_n_kl
 from rlhf.algo.kl import KL_ESTIMATORS, KLConfig, KLController
 from rlhf.algo.kto_loss import kto_kl, kto_loss
 from rlhf.algo.loss_weights import LOSS_WEIGHTS
@@ -45,7 +46,6 @@ NUM_TOKENS = 8
 WAITING = {
     "ppo_policy_loss_dual_clip1.05": "there is no dual clip",
     "truncated_importance_weights_cap1.2": "there is no outside engine to correct for",
-    "best_of_n_kl": "there is no best-of-n",
     "nf4_codebook": "bitsandbytes quantises",
     "alpaca_eval_2_alpaca-7b": "there is no length-controlled win rate",
     "binomial_test_64_of_100": "win rates come with intervals, not with p-values",
@@ -319,3 +319,9 @@ def test_token_rewards_with_kl_and_score_on_the_last_token() -> None:
     rewards = token_rewards(trajectory, given("scores"), given("reference_logprobs"), 0.05, "k1")
     assert_golden(rewards, EXPECTED["rewards_with_kl_beta0.05_score_on_last_response_token"], MASK)
     assert rewards[~MASK].tolist() == [0.0, 0.0]
+
+
+def test_best_of_n_kl() -> None:
+    for n, expected in EXPECTED["best_of_n_kl"].items():
+        if n != "note":
+            assert_golden(best_of_n_kl(int(n)), expected)
