@@ -10,7 +10,6 @@ the very tokens that were sampled. Questions are worked in portions; a run that 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,12 +25,11 @@ from rlhf.data.rows import prompt_key
 from rlhf.data.step_splitter import StepSplitter, tokens_until, tokens_within
 from rlhf.data.tinychat.steps import known_truth
 from rlhf.eval.label_agreement import LabelledSolution, label_agreement
-from rlhf.infra.durable import sync_file, sync_folder
-from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.models.decoding import text_before_stop
 from rlhf.models.policy import Policy
 from rlhf.recipes.launch import launch
+from rlhf.recipes.portions import Portion, fill_in_portions
 from rlhf.recipes.prm_label_config import StepLabelConfig
 from rlhf.recipes.sft import announce
 from rlhf.recipes.stages import build_reward, load_policy
@@ -65,16 +63,6 @@ class Solution:
     num_right: list[int] = field(default_factory=list)
 
 
-@dataclass
-class Progress:
-    """Where labelling stands; all of it goes into a checkpoint, with the length of what was written."""
-
-    step: int = 0
-    tokens: int = 0
-    num_bytes: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-
-
 def run_prm_label(config: StepLabelConfig, resume: Path | None = None) -> Run:
     """Label solutions; rows with TRL's columns (prompt, completions, labels) are in `<run>/steps.jsonl`."""
     return launch(
@@ -103,81 +91,46 @@ def label(config: StepLabelConfig, run: Run, parts: LabelParts) -> tuple[int, in
     """All portions, then the file gets its name and the report is written."""
     announce(run, parts.policy.backbone, str(parts.questions.report))
     labeller = StepLabeller(config, run, parts)
-    progress = labeller.label()
+    progress = fill_in_portions(run, LABELS, labeller.num_portions, "step labels", labeller.portion)
     if run.stop_reason is None:
         report(run)
     return progress.step, progress.tokens
 
 
 class StepLabeller:
-    """The work over its parts; `label` is the whole of it."""
+    """The work over its parts; `portion` is the whole of it."""
 
     def __init__(self, config: StepLabelConfig, run: Run, parts: LabelParts) -> None:
-        self.config, self.run, self.parts = config, run, parts
+        self.config, self.parts = config, parts
         self.splitter = StepSplitter(config.sampling.split)
         backbone = parts.policy.backbone
         cache = None
         if config.use_cache:
             cache = (config.run.output_dir / "cache", weights_hash(backbone, parts.policy.adapter))
-        self.completer = Completer(
-            parts.policy, config.generation, parts.encoder.stop_token_ids, config.run.seed, cache
-        )
-        self.progress = Progress()
-        if run.resumed_from is not None:
-            self.progress = Progress(**run.resumed_from.state["progress"])
-        self.partial = run.folder / f"{LABELS}.partial"
+        stop_ids = parts.encoder.stop_token_ids
+        self.completer = Completer(parts.policy, config.generation, stop_ids, run.config.seed, cache)
 
-    def label(self) -> Progress:
-        """Work portion after portion, to the end or to a stop request; each is on the disk before it counts as done.
+    @property
+    def num_portions(self) -> int:
+        return -(-len(self.parts.questions) // self.config.sampling.questions_at_once)
 
-        Raises:
-            UserError: what an interrupted run had written is not there any more.
-        """
-        size, questions = self.config.sampling.questions_at_once, self.parts.questions.examples
-        total = -(-len(questions) // size)
-        self._take_up()
-        with self.run.logger.progress("step labels", total) as advance:
-            advance(self.progress.step)
-            while self.progress.step < total:
-                start = self.progress.step * size
-                self._portion(questions[start : start + size])
-                advance(1)
-                done = self.progress.step == total
-                stopping = not done and self.run.should_stop()
-                if stopping or done or self.run.checkpoint_due(self.progress.step):
-                    self.run.save(self.progress.step, {}, {"progress": asdict(self.progress)})
-                if stopping:
-                    return self.progress
-        if self.partial.exists():
-            os.replace(self.partial, self.run.folder / LABELS)
-            sync_folder(self.run.folder)
-        return self.progress
-
-    def _take_up(self) -> None:
-        """Leave the file as it was at the checkpoint: what was written behind that comes again."""
-        if (self.run.folder / LABELS).exists():
-            return  # killed between the file's name and the run's end
-        self.partial.touch()
-        if self.partial.stat().st_size < self.progress.num_bytes:
-            raise UserError(
-                f"'{self.partial}' holds less than the {self.progress.num_bytes} bytes that were written to it; start "
-                "a new run, which finds what was sampled in its cache"
-            )
-        os.truncate(self.partial, self.progress.num_bytes)
-
-    def _portion(self, questions: Sequence[PromptExample]) -> None:
-        solutions, counts = self.solutions(questions)
+    def portion(self, number: int) -> Portion:
+        """Label the solutions of the questions of one portion."""
+        size = self.config.sampling.questions_at_once
+        tokens_before = self.completer.num_tokens
+        solutions, counts = self.solutions(self.parts.questions.examples[number * size : (number + 1) * size])
         self.complete(solutions)
-        lines = [json.dumps(self.row(solution), ensure_ascii=False) + "\n" for solution in solutions]
-        with self.partial.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
-        sync_file(self.partial)
-        self.progress.step += 1
-        self.progress.tokens += self.completer.num_tokens
-        self.progress.num_bytes = self.partial.stat().st_size
-        self.progress.counts = dict(Counter(self.progress.counts) + counts)
-        self._log(solutions)
-        self.completer.num_tokens = 0
+        rows = [self.row(solution) for solution in solutions]
+        labels = [value for row in rows for value in row["labels"]]
+        metrics = {"labels/solutions": float(len(rows)), "labels/steps": float(len(labels))}
+        metrics |= {f"labels/solutions_{reason}": float(counts[reason]) for reason in ("twice", "without_step")}
+        if rows:
+            metrics |= {
+                "labels/solutions_right": sum(row["is_right"] for row in rows) / len(rows),
+                "labels/mean": sum(labels) / len(labels),
+                "labels/share_zero": labels.count(0.0) / len(labels),
+            }
+        return Portion(rows, self.completer.num_tokens - tokens_before, metrics)
 
     def solutions(self, questions: Sequence[PromptExample]) -> tuple[list[Solution], Counter[str]]:
         """Different solutions to these questions with their beginnings, and counts of what was left out."""
@@ -255,22 +208,6 @@ class StepLabeller:
             "is_right": solution.is_right,
             "finished": solution.answer.finished,
         }
-
-    def _log(self, solutions: Sequence[Solution]) -> None:
-        rows = [self.row(solution) for solution in solutions]
-        labels = [value for row in rows for value in row["labels"]]
-        line = {
-            "labels/solutions": float(len(rows)),
-            "labels/steps": float(len(labels)),
-            "labels/tokens": float(self.progress.tokens),
-        }
-        if rows:
-            line |= {
-                "labels/solutions_right": sum(row["is_right"] for row in rows) / len(rows),
-                "labels/mean": sum(labels) / len(labels),
-                "labels/share_zero": labels.count(0.0) / len(labels),
-            }
-        self.run.logger.log(self.progress.step, line)
 
 
 def report(run: Run) -> None:
