@@ -34,10 +34,10 @@ REFUSED = {
     "sft": RUN | SOURCES | {"data.split_seed"},
     "reward": RUN | SOURCES | COPIES | {"data.split_seed", "model.train", "use_margin"},
     "dpo": RUN | SOURCES | COPIES | {"data.split_seed", "policy"},
-    "ppo": RUN | SOURCES | COPIES | {"data.split_seed", "data.max_validation_samples", "policy"},
+    "ppo": RUN | SOURCES | COPIES | {"data.split_seed", "data.max_validation_samples", "data.families", "policy"},
     "evaluate": RUN | COPIES | {
         "model.train", "model.gradient_checkpointing", "models", "reward_model", "histories", "reference",
-        "data.validation_files", "data.split_seed",
+        "data.validation_files", "data.split_seed", "data.families",
         "data.validation_fraction", "data.max_samples", "data.max_validation_samples", "data.max_prompt_length",
     },
 }  # fmt: skip
