@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
-from rlhf.eval.agreement import cohen_kappa
+from rlhf.eval.agreement import cohen_kappa, fleiss_kappa
 from rlhf.eval.intervals import Interval, mean_interval, newcombe_difference, wilson
 from rlhf.eval.judge import RULES, Judgement, Pair
+from rlhf.eval.significance import PairedDifference, mcnemar, paired_bootstrap
 from rlhf.eval.winrate import Comparison, WinRate, win_rate
 from rlhf.infra.errors import UserError
 
@@ -28,6 +30,47 @@ class Judged:
         if rule not in RULES:
             raise UserError(f"no rule '{rule}' to join both orders; expected one of {', '.join(RULES)}")
         return [RULES[rule](judgement) for judgement in self.judgements]
+
+
+@dataclass(frozen=True)
+class JudgeLine:
+    """One judge on one comparison: the win-rate (None without a verdict) and how the judge came to it."""
+
+    first: str
+    second: str
+    judge: str
+    win: WinRate | None
+    behaviour: Behaviour
+
+
+@dataclass(frozen=True)
+class JudgePair:
+    """How far two judges agree beyond chance, over the pairs on which both have a verdict."""
+
+    first: str
+    second: str
+    kappa: Interval
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Cohen's kappa of every two judges, and Fleiss' kappa of all over the pairs on which all have a verdict."""
+
+    pairs: tuple[JudgePair, ...]
+    all: Interval | None
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Two judges against the same labels: difference of their agreement (first minus second), and two p-values.
+
+    McNemar's test counts pairs that one judge has right in both orders and the other has not.
+    """
+
+    first: str
+    second: str
+    difference: PairedDifference
+    mcnemar: float
 
 
 @dataclass(frozen=True)
@@ -83,6 +126,48 @@ def win_rate_of(judged: Judged, names: tuple[str, str], rule: str = "averaged", 
         return None
     unjudged = {pair.prompt_id for pair in judged.pairs} - {one.prompt_id for one in comparisons}
     return win_rate(comparisons, names, judged.judge, num_unpaired=len(unjudged), seed=seed)
+
+
+def line_of(judged: Judged, names: tuple[str, str], rule: str = "averaged", seed: int = 0) -> JudgeLine:
+    """All figures of one judge on one comparison."""
+    return JudgeLine(*names, judged.judge, win_rate_of(judged, names, rule, seed), behaviour_of(judged, seed))
+
+
+def agreement_of(judged: Sequence[Judged], rule: str = "averaged", seed: int = 0) -> Agreement | None:
+    """How far judges of the same pairs agree; None for fewer than two judges."""
+    if len(judged) < 2:
+        return None
+    said = [[None if p is None else outcome(p) for p in one.preferences(rule)] for one in judged]
+    pairs = []
+    for (one, first), (two, second) in combinations(zip(judged, said, strict=True), 2):
+        both = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+        if both:
+            kappa = cohen_kappa([a for a, _ in both], [b for _, b in both], seed)
+            pairs.append(JudgePair(one.judge, two.judge, kappa))
+    whole = [of_pair for of_pair in zip(*said, strict=True) if None not in of_pair]
+    return Agreement(tuple(pairs), fleiss_kappa(whole, seed) if whole else None)
+
+
+def duel_of(one: Judged, two: Judged, rule: str = "averaged", seed: int = 0) -> Duel | None:
+    """Compare two judges of the same labelled pairs; None where there is no pair on which both have a verdict."""
+    rows = [
+        (pair.label, first, second, a, b)
+        for pair, first, second, a, b in zip(
+            one.pairs, one.preferences(rule), two.preferences(rule), one.judgements, two.judgements, strict=True
+        )
+        if pair.label not in (None, 0.5) and first is not None and second is not None
+    ]
+    if not rows:
+        return None
+    labels = [float(label > 0.5) for label, *_ in rows if label is not None]
+    firsts = [1 - abs(label - first) for label, (_, first, *_) in zip(labels, rows, strict=True)]
+    seconds = [1 - abs(label - second) for label, (_, _, second, *_) in zip(labels, rows, strict=True)]
+    right = [
+        (a.in_front == a.behind == label, b.in_front == b.behind == label)
+        for label, (*_, a, b) in zip(labels, rows, strict=True)
+    ]
+    p_value = mcnemar([a for a, _ in right], [b for _, b in right])
+    return Duel(one.judge, two.judge, paired_bootstrap(firsts, seconds, seed), p_value)
 
 
 def behaviour_of(judged: Judged, seed: int = 0) -> Behaviour:

@@ -28,24 +28,24 @@ def render_markdown(report: Report, checks: Sequence[Check], charts: Charts, plo
     main = report.main_view
     parts = [gold_parts_of(report, main)] if any(m.gold_parts for m in main.metrics.values()) else []
     blocks = [
-        f"# {_plain(report.title)}",
-        _plain(subtitle_of(report)),
-        _section("Summary", *(_table(t) for t in [*(summary_of(report, view) for view in report.views), *parts])),
+        f"# {plain(report.title)}",
+        plain(subtitle_of(report)),
+        _section("Summary", *(table_text(t) for t in [*(summary_of(report, view) for view in report.views), *parts])),
         _section("What to be wary of", _cautions(checks)),
-        _section("By family", *(_table(families_of(report, view)) for view in report.views if view.by_family)),
+        _section("By family", *(table_text(families_of(report, view)) for view in report.views if view.by_family)),
         _section("Side by side", _images(charts.comparison, plots_folder)),
-        _section("Win-rates", _table(win_rates_of(report), heading=False)),
-        _section("Refusals", _table(refusals_of(report), heading=False) if report.refusals else ""),
+        _section("Win-rates", table_text(win_rates_of(report), heading=False)),
+        _section("Refusals", table_text(refusals_of(report), heading=False) if report.refusals else ""),
         _section("Reward model", *_reward_model(report, charts, plots_folder)),
         _section(
             "Training",
             *(
-                f"### {_plain(stage)}\n\n{_images(found, plots_folder)}"
+                f"### {plain(stage)}\n\n{_images(found, plots_folder)}"
                 for stage, found in charts.training.items()
                 if found
             ),
         ),
-        _section("Cost", _table(costs_of(report), heading=False) if report.costs else ""),
+        _section("Cost", table_text(costs_of(report), heading=False) if report.costs else ""),
         _section("Examples", *(_example(report, n, e) for n, e in enumerate(report.examples, start=1))),
         _section("How it was measured", *how_measured(report), _notes(report)),
     ]
@@ -57,23 +57,24 @@ def _section(title: str, *blocks: str) -> str:
     return "\n\n".join([f"## {title}", *present]) if present else ""
 
 
-def _table(table: Table, heading: bool = True) -> str:
+def table_text(table: Table, heading: bool = True) -> str:
+    """A table as Markdown, its title above and its caption below; "" for one without rows."""
     if not table.rows:
         return ""
     lines = [
-        "| " + " | ".join(_plain(column) or " " for column in table.columns) + " |",
+        "| " + " | ".join(plain(column) or " " for column in table.columns) + " |",
         "|---|" + "---:|" * (len(table.columns) - 1),
     ]
     for name, cells in table.rows:
         texts = [f"{found.text} {found.interval}".strip() for found in cells]
-        lines.append("| " + " | ".join([_plain(name), *texts]) + " |")
-    text = "\n".join(lines) + (f"\n\n{_plain(table.caption)}" if table.caption else "")
-    return f"### {_plain(table.title)}\n\n{text}" if heading else text
+        lines.append("| " + " | ".join([plain(name), *texts]) + " |")
+    text = "\n".join(lines) + (f"\n\n{plain(table.caption)}" if table.caption else "")
+    return f"### {plain(table.title)}\n\n{text}" if heading else text
 
 
 def _cautions(checks: Sequence[Check]) -> str:
-    wary = "\n".join(f"- {_plain(check.sentence)}" for check in checks if check.wary)
-    fine = "\n".join(f"- {_plain(check.sentence)}" for check in checks if not check.wary)
+    wary = "\n".join(f"- {plain(check.sentence)}" for check in checks if check.wary)
+    fine = "\n".join(f"- {plain(check.sentence)}" for check in checks if not check.wary)
     none = "None of the questions that could be asked of these numbers gave a reason for caution." if checks else ""
     text = wary or none
     return f"{text}\n\nAs it should be:\n\n{fine}" if fine else text
@@ -83,29 +84,29 @@ def _reward_model(report: Report, charts: Charts, plots_folder: str) -> list[str
     found = report.reward_model
     if found is None:
         return []
-    by_family = _table(reward_families_of(found)) if len(found.by_family) > 1 else ""
-    return [_table(reward_model_of(found), heading=False), by_family, _images(charts.reward_model, plots_folder)]
+    by_family = table_text(reward_families_of(found)) if len(found.by_family) > 1 else ""
+    return [table_text(reward_model_of(found), heading=False), by_family, _images(charts.reward_model, plots_folder)]
 
 
 def _images(charts: Sequence[Chart], folder: str) -> str:
-    return "\n".join(f"![{_plain(chart.title)}]({folder}/{chart.name}.svg)" for chart in charts)
+    return "\n".join(f"![{plain(chart.title)}]({folder}/{chart.name}.svg)" for chart in charts)
 
 
 def _example(report: Report, number: int, example: Example) -> str:
-    kind = f", {_plain(example.kind)}" if example.kind else ""
-    head = f"### {number}. {_plain(example.family)}{kind}: {_plain(outcome_words(report, example.outcome))}"
+    kind = f", {plain(example.kind)}" if example.kind else ""
+    head = f"### {number}. {plain(example.family)}{kind}: {plain(outcome_words(report, example.outcome))}"
     blocks = [head, _fenced(example.prompt)]
     for name in report.models:
         if name in example.answers:
             sample = example.answers[name]
             score = f", gold {sample.gold:.2f}" if sample.gold is not None else ""
             score += f", reward {sample.reward:.2f}" if sample.reward is not None else ""
-            blocks += [f"{_plain(name)}{score}:", _fenced(sample.response)]
+            blocks += [f"{plain(name)}{score}:", _fenced(sample.response)]
     return "\n\n".join(blocks)
 
 
 def _notes(report: Report) -> str:
-    return "\n".join(f"- {_plain(str(name))}: {_plain(str(value))}" for name, value in report.notes.items())
+    return "\n".join(f"- {plain(str(name))}: {plain(str(value))}" for name, value in report.notes.items())
 
 
 def _fenced(text: str) -> str:
@@ -115,7 +116,7 @@ def _fenced(text: str) -> str:
     return f"{fence}text\n{text.strip()}\n{fence}"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown and HTML take literally, on one line."""
     escaped = re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
     return escaped.replace("\\[", "[").replace("\\]", "]") if "](" not in text else escaped

@@ -14,6 +14,7 @@ from rlhf.eval.markdown import render_markdown
 from rlhf.eval.page import Charts, render_page
 from rlhf.eval.plots import charts_by_stage, report_charts, reward_charts
 from rlhf.eval.report_data import Report, ReportInput, build_report
+from rlhf.eval.tables import Table as Cells
 from rlhf.eval.tables import summary_of
 from rlhf.infra.errors import UserError
 
@@ -85,11 +86,15 @@ def report_numbers(report: Report) -> dict[str, Any]:
 
 def summary_table(report: Report, intervals_below: bool = False) -> Table:
     """Return the main summary as a rich table for the console; narrow ones do better with the intervals below."""
+    return console_table(summary_of(report, report.main_view), intervals_below)
+
+
+def console_table(source: Cells, intervals_below: bool = False) -> Table:
+    """Return any table of a report as a rich table for the console."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    source = summary_of(report, report.main_view)
     table = RichTable(
         title=source.title, caption=source.caption or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False
     )

@@ -99,8 +99,8 @@ class CombinedReward:
         return Scores(total, by_term)
 
 
-def load_function(name: str) -> RewardFunction:
-    """Import a user's reward by `package.module:function` or `path/to/file.py:function`.
+def load_function(name: str, role: str = "reward") -> RewardFunction:
+    """Import a user's function by `package.module:function` or `path/to/file.py:function`; `role` is what it serves as.
 
     Raises:
         UserError: nothing of that name is there, or it cannot take the prompt set's columns.
@@ -110,25 +110,25 @@ def load_function(name: str) -> RewardFunction:
         path = Path(place)
         spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path) if path.is_file() else None
         if spec is None or spec.loader is None:
-            raise UserError(f"no reward '{name}': there is no file {place}")
+            raise UserError(f"no {role} '{name}': there is no file {place}")
         module = importlib.util.module_from_spec(spec)
         # Dataclasses look their own module up; the prefix keeps the file from standing in for another module.
         sys.modules[spec.name] = module
         try:
             spec.loader.exec_module(module)
         except (SyntaxError, ImportError) as error:
-            raise UserError(f"no reward '{name}': {place} cannot be read: {error}") from error
+            raise UserError(f"no {role} '{name}': {place} cannot be read: {error}") from error
     else:
         try:
             module = importlib.import_module(place)
         except (ImportError, ValueError) as error:  # ValueError: nothing stands before the colon
-            raise UserError(f"no reward '{name}': {error}") from error
+            raise UserError(f"no {role} '{name}': {error}") from error
     function = vars(module).get(attribute)
     if not callable(function):
-        raise UserError(f"no reward '{name}': {place} defines no function '{attribute}'")
+        raise UserError(f"no {role} '{name}': {place} defines no function '{attribute}'")
     kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
     if inspect.Parameter.VAR_KEYWORD not in kinds:
-        raise UserError(f"reward '{name}' must take **columns beside prompts and completions")
+        raise UserError(f"{role} '{name}' must take **columns beside prompts and completions")
     result: RewardFunction = function
     return result
 
