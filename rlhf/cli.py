@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf.cli_judge import app as judge_app
 from rlhf.infra.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
+app.add_typer(judge_app, name="judge")
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file of differences from the defaults.")

@@ -31,6 +31,11 @@ class Judged:
             raise UserError(f"no rule '{rule}' to join both orders; expected one of {', '.join(RULES)}")
         return [RULES[rule](judgement) for judgement in self.judgements]
 
+    def only(self, group: str) -> Judged:
+        """The part that is about the pairs of one set."""
+        kept = [(pair, one) for pair, one in zip(self.pairs, self.judgements, strict=True) if pair.group == group]
+        return Judged(self.judge, [pair for pair, _ in kept], [one for _, one in kept], self.sees_order)
+
 
 @dataclass(frozen=True)
 class JudgeLine:
@@ -41,6 +46,15 @@ class JudgeLine:
     judge: str
     win: WinRate | None
     behaviour: Behaviour
+
+
+@dataclass(frozen=True)
+class JudgedModels:
+    """Two models by name, and what every judge said of the same pairs of their answers."""
+
+    first: str
+    second: str
+    judged: Sequence[Judged]
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,21 @@ def win_rate_of(judged: Judged, names: tuple[str, str], rule: str = "averaged", 
 def line_of(judged: Judged, names: tuple[str, str], rule: str = "averaged", seed: int = 0) -> JudgeLine:
     """All figures of one judge on one comparison."""
     return JudgeLine(*names, judged.judge, win_rate_of(judged, names, rule, seed), behaviour_of(judged, seed))
+
+
+def lines_of(comparisons: Sequence[JudgedModels], rule: str = "averaged", seed: int = 0) -> list[JudgeLine]:
+    """All figures of every judge on every comparison."""
+    return [line_of(one, (models.first, models.second), rule, seed) for models in comparisons for one in models.judged]
+
+
+def agreement_over(comparisons: Sequence[JudgedModels], rule: str = "averaged", seed: int = 0) -> Agreement | None:
+    """How far the judges agree over the pairs of all comparisons, at which the same judges were asked."""
+    joined: dict[str, Judged] = {}
+    for one in (one for models in comparisons for one in models.judged):
+        before = joined.get(one.judge, Judged(one.judge, [], [], one.sees_order))
+        pairs, judgements = [*before.pairs, *one.pairs], [*before.judgements, *one.judgements]
+        joined[one.judge] = Judged(one.judge, pairs, judgements, one.sees_order)
+    return agreement_of(list(joined.values()), rule, seed)
 
 
 def agreement_of(judged: Sequence[Judged], rule: str = "averaged", seed: int = 0) -> Agreement | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rlhf.eval.intervals import Interval
 from rlhf.eval.judge_figures import Accuracy, Agreement, Duel, JudgeLine
+from rlhf.eval.report_data import Report
 from rlhf.eval.tables import Cell, Table, cell, p_value
 
 _RULES = {
@@ -14,8 +15,16 @@ _RULES = {
 }
 
 
+def judges_of(report: Report) -> list[Table]:
+    """What further judges said in an evaluation; empty where there are none."""
+    if not report.judges:
+        return []
+    tables = [wins_by_judge(report.judges), behaviour_by_judge(report.judges)]
+    return tables if report.judge_agreement is None else [*tables, agreement_between(report.judge_agreement)]
+
+
 def wins_by_judge(lines: Sequence[JudgeLine], rule: str = "averaged") -> Table:
-    """One row per comparison and judge."""
+    """One row per comparison and judge; a single comparison stands in the title."""
     rows = []
     for line in lines:
         win, unjudged = line.win, Cell(str(line.behaviour.num_unparsable))
@@ -24,20 +33,21 @@ def wins_by_judge(lines: Sequence[JudgeLine], rule: str = "averaged") -> Table:
             counts = Cell(f"{win.wins} / {win.ties} / {win.losses}")
             rates = cell(win.rate, 1, 100), cell(win.length_controlled, 1, 100)
             cells = (*rates, counts, p_value(win.p_value), unjudged)
-        rows.append((f"{line.first} against {line.second}, {line.judge}", cells))
+        rows.append((_label(line, lines), cells))
     columns = ("", "Win-rate, %", "At equal length, %", "Wins / ties / losses", "p", "No verdict")
     caption = (
         f"{_RULES[rule]} Ties count one half, pairs without a verdict not at all. 95 % bootstrap intervals over "
         "prompts; p by a sign test over prompts."
     )
-    return Table("Win-rates by judge", columns, tuple(rows), caption, one_line=True)
+    title = f"Win-rate of {lines[0].first} against {lines[0].second}" if _is_single(lines) else "Win-rates by judge"
+    return Table(title, columns, tuple(rows), caption, one_line=True)
 
 
 def behaviour_by_judge(lines: Sequence[JudgeLine]) -> Table:
     """What sways each judge, whatever is true."""
     rows = [
         (
-            f"{line.first} against {line.second}, {line.judge}" if line.first else line.judge,
+            _label(line, lines),
             (
                 cell(line.behaviour.consistency, 1, 100),
                 cell(line.behaviour.front, 1, 100),
@@ -129,6 +139,14 @@ def duels_of(duels: Sequence[Duel]) -> Table:
     columns = ("", "Agreement, points", "p, paired bootstrap", "p, McNemar", "Pairs")
     caption = "On pairs on which both have a verdict. McNemar's test is about being right in both orders."
     return Table("Judges against each other", columns, tuple(rows), caption, one_line=True)
+
+
+def _is_single(lines: Sequence[JudgeLine]) -> bool:
+    return len({(line.first, line.second) for line in lines}) == 1
+
+
+def _label(line: JudgeLine, lines: Sequence[JudgeLine]) -> str:
+    return line.judge if _is_single(lines) else f"{line.first} against {line.second}, {line.judge}"
 
 
 def _kappa(found: Interval) -> tuple[Cell, ...]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from rlhf.eval.cautions import Check
+from rlhf.eval.judge_tables import judges_of
 from rlhf.eval.page import Charts
 from rlhf.eval.plots import Chart
 from rlhf.eval.report_data import Example, Report
@@ -35,6 +36,7 @@ def render_markdown(report: Report, checks: Sequence[Check], charts: Charts, plo
         _section("By family", *(table_text(families_of(report, view)) for view in report.views if view.by_family)),
         _section("Side by side", _images(charts.comparison, plots_folder)),
         _section("Win-rates", table_text(win_rates_of(report), heading=False)),
+        _section("Judges", *(table_text(table) for table in judges_of(report))),
         _section("Refusals", table_text(refusals_of(report), heading=False) if report.refusals else ""),
         _section("Reward model", *_reward_model(report, charts, plots_folder)),
         _section(

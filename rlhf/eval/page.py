@@ -13,6 +13,7 @@ from string import Template
 
 from rlhf.eval.cautions import Check
 from rlhf.eval.intervals import Interval
+from rlhf.eval.judge_tables import judges_of
 from rlhf.eval.plots import Chart
 from rlhf.eval.report_data import Example, Report
 from rlhf.eval.samples import Sample
@@ -53,6 +54,7 @@ def render_page(report: Report, checks: Sequence[Check], charts: Charts) -> str:
         ("wary", "What to be wary of", _cautions(checks)),
         ("families", "By family", _families(report)),
         ("win-rates", "Win-rates", _table(win_rates_of(report), heading=False)),
+        ("judges", "Judges", "".join(_table(table) for table in judges_of(report))),
         ("refusals", "Refusals", _table(refusals_of(report), heading=False) if report.refusals else ""),
         ("reward-model", "Reward model", _reward_model(report, charts)),
         ("training", "Training", _training(charts)),

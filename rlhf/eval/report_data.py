@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf.eval.intervals import Interval
+from rlhf.eval.judge_figures import Agreement, JudgedModels, JudgeLine, agreement_over, lines_of
 from rlhf.eval.metrics import ModelMetrics, mean_of, measure, refusal_change, refusal_rate
 from rlhf.eval.reward_accuracy import RewardAccuracy, RewardPair, reward_accuracy
 from rlhf.eval.samples import Cost, Mode, ModelResult, Sample
@@ -43,7 +44,8 @@ class ReportInput:
     with (default: "sft" where models come after it, else the first). `judge` is "gold", "reward" or "auto": gold scores
     where there are any, else the reward model's. `histories` holds a stage's rows of `logs/train.jsonl` by its name.
     `costs` adds stages that are not models, such as the reward model, and fixes the order of the cost table. `notes`
-    says how it was measured (seed, machine, threads, versions), in the order it is to be printed.
+    says how it was measured (seed, machine, threads, versions), in the order it is to be printed. `judged` holds what
+    further judges said of the sampled answers to held-out prompts.
     """
 
     models: Sequence[ModelResult]
@@ -55,6 +57,7 @@ class ReportInput:
     histories: Mapping[str, History] = field(default_factory=dict)
     costs: Mapping[str, Cost] = field(default_factory=dict)
     notes: Mapping[str, str | int | float] = field(default_factory=dict)
+    judged: Sequence[JudgedModels] = ()
     limits: Limits = Limits()
     num_examples: int = 20
     seed: int = 0
@@ -127,6 +130,8 @@ class Report:
     samples: dict[str, tuple[Sample, ...]]
     reward_pairs: tuple[RewardPair, ...]
     seed: int
+    judges: tuple[JudgeLine, ...] = ()
+    judge_agreement: Agreement | None = None
 
     @property
     def main_view(self) -> View:
@@ -149,7 +154,7 @@ def build_report(source: ReportInput) -> Report:
     everything = [sample for model in source.models for sample in model.samples]
     if not everything:
         raise UserError("a report needs at least one model with samples; got none")
-    reference = _reference(source, names)
+    reference = reference_among(names, source.reference)
     judge = _judge(source, everything)
     report = Report(
         title=source.title,
@@ -168,20 +173,30 @@ def build_report(source: ReportInput) -> Report:
         samples={model.name: tuple(model.samples) for model in source.models},
         reward_pairs=tuple(source.reward_pairs),
         seed=source.seed,
+        judges=tuple(lines_of(source.judged, seed=source.seed)),
+        judge_agreement=agreement_over(source.judged, seed=source.seed),
     )
     report = dataclasses.replace(report, views=_views(source, report), refusals=_refusals(source, report))
     return dataclasses.replace(report, examples=_examples(source, report))
 
 
-def _reference(source: ReportInput, names: tuple[str, ...]) -> str | None:
-    if source.reference is not None and source.reference not in names:
-        raise UserError(f"the reference model {source.reference!r} is not among the models: {', '.join(names)}")
-    if source.reference is not None:
-        return source.reference
+def reference_among(names: Sequence[str], asked: str | None = None) -> str | None:
+    """The model that the others are compared with: the one asked for, or else "sft", or else the first."""
+    if asked is not None and asked not in names:
+        raise UserError(f"the reference model {asked!r} is not among the models: {', '.join(names)}")
+    if asked is not None:
+        return asked
     if len(names) < 2:
         return None
     # With nothing after it, "sft" is what is to be judged, not what to judge by.
     return next((name for name in names[:-1] if name.lower() == "sft"), names[0])
+
+
+def compared_models(names: Sequence[str], reference: str) -> list[tuple[str, str]]:
+    """(model, the one it is compared with): all others with the reference, and the last with what came before it."""
+    pairs = [(name, reference) for name in names if name != reference]
+    tuned = names[names.index(reference) + 1 :] if reference in names else ()
+    return pairs + [(names[-1], name) for name in tuned if name != names[-1]]
 
 
 def _judge(source: ReportInput, samples: Sequence[Sample]) -> str | None:
@@ -251,9 +266,7 @@ def _win_rates(samples: dict[str, tuple[Sample, ...]], report: Report) -> tuple[
     judge, reference = report.judge, report.reference
     if judge is None or reference is None or not _scored(samples.get(reference, ()), judge):
         return ()
-    pairs = [(name, reference) for name in samples if name != reference]
-    if report.candidate in samples:
-        pairs += [(report.candidate, name) for name in report.tuned if name in samples and name != report.candidate]
+    pairs = [pair for pair in compared_models(report.models, reference) if samples.keys() >= set(pair)]
     return tuple(
         compare(samples[first], samples[second], judge, (first, second), seed=report.seed)
         for first, second in pairs

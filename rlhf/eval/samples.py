@@ -30,6 +30,7 @@ class Sample:
     a name of your own), `kind` a finer label within a family. `num_tokens` counts response tokens including the stop
     token; `finished` is True when the response ended with it. `kl` is in nats per response: the sum over its tokens of
     the k1 estimate against the reference. `entropy` is the mean over its tokens, in nats. None means not measured.
+    `model` is the name under which the model was evaluated.
     """
 
     prompt_id: str
@@ -47,6 +48,7 @@ class Sample:
     reward: float | None = None
     kl: float | None = None
     entropy: float | None = None
+    model: str = ""
 
     @property
     def intent(self) -> Literal["harmful", "benign"] | None:
@@ -67,7 +69,7 @@ class Sample:
     def from_json(cls, row: Mapping[str, Any]) -> Sample:
         """Rebuild a sample from `to_json`; raises UserError naming missing, unknown or impossible fields."""
         fields = dataclasses.fields(cls)
-        optional = set(_NUMBERS) | {"kind", "mode", "gold_parts", "refused"}
+        optional = set(_NUMBERS) | {"kind", "mode", "gold_parts", "refused", "model"}
         unknown = sorted(set(row) - {field.name for field in fields})
         missing = sorted({field.name for field in fields} - set(row) - optional)
         if unknown or missing:

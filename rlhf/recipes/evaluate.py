@@ -16,6 +16,8 @@ from rlhf.data.data_config import PromptDataConfig, SourceConfig
 from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
 from rlhf.data.prompt_dataset import PromptDataset
 from rlhf.data.tinychat import GoldScorer
+from rlhf.eval.judge import Judge, JudgingStopped
+from rlhf.eval.judge_report import JUDGEMENTS, write_judgements
 from rlhf.eval.panels import read_history
 from rlhf.eval.report import ReportPaths, write_report
 from rlhf.eval.report_data import ReportInput
@@ -32,6 +34,9 @@ from rlhf.models.decoding import GenerationConfig, text_before_stop
 from rlhf.models.policy import Policy
 from rlhf.models.reference import Reference
 from rlhf.models.reward_model import RewardModel, load_reward_model
+from rlhf.recipes.evaluation_judges import judge_models
+from rlhf.recipes.judge_pairs import cost_notes
+from rlhf.recipes.judging import Judges, build_judges
 from rlhf.recipes.launch import launch
 from rlhf.recipes.reward import as_reward_pairs, score_pairs
 from rlhf.recipes.stages import REWARD_MODEL, LoadedPolicy, PolicyShelf, locate
@@ -67,6 +72,7 @@ class EvaluateConfig(Config):
         True, description="keep answers under <output_dir>/cache and reuse those of the same weights"
     )
     histories: dict[str, str] = Field(default={}, description="runs whose training curves are shown: {title: run}")
+    judges: Judges = Field((), description="further judges of the held-out answers, beside gold or reward model")
     title: str = Field("Evaluation report", description="heading of the report")
 
     @model_validator(mode="after")
@@ -83,6 +89,8 @@ class EvaluateConfig(Config):
         idle |= dict.fromkeys(["model.train", "model.lora", "model.gradient_checkpointing"], "nothing trains")
         if self.reference is not None and self.reference not in self.models:
             idle["reference"] = f"`models` has only {', '.join(self.models)}"
+        if len(self.models) < 2:
+            idle["judges"] = "there is only one model, and nothing to compare it with"
         if self.reward_model is None:
             idle["num_reward_pairs"] = "reward_model is null"
         if self.run.dtype != "fp32":
@@ -117,6 +125,7 @@ class Parts:
     models: dict[str, LoadedPolicy]
     reward: RewardModel | None
     learned: LearnedReward | None
+    judges: list[Judge]
 
 
 def run_evaluation(config: EvaluateConfig) -> tuple[Run, ReportPaths]:
@@ -127,6 +136,13 @@ def run_evaluation(config: EvaluateConfig) -> tuple[Run, ReportPaths]:
         results = [answer_all(name, parts, settings, run) for name in settings.models]
         pairs, milliseconds = reward_pairs(parts)
         write_samples(run.folder / "samples.jsonl", (s for result in results for s in result.samples))
+        num_tokens = sum(s.num_tokens for result in results for s in result.samples)
+        try:
+            judged = judge_models(results, parts.prompts, parts.judges, settings.reference, run)
+        except JudgingStopped:
+            return 0, num_tokens
+        if judged:
+            write_judgements(run.folder / JUDGEMENTS, judged)
         source = ReportInput(
             models=results,
             title=settings.title,
@@ -135,11 +151,12 @@ def run_evaluation(config: EvaluateConfig) -> tuple[Run, ReportPaths]:
             reward_ms_per_sample=milliseconds,
             histories=histories(settings),
             costs=stage_costs(settings),
-            notes=notes(settings, run, parts),
+            notes=notes(settings, run, parts) | cost_notes(parts.judges),
+            judged=judged,
             seed=settings.run.seed,
         )
         written.append(write_report(run.folder, source))
-        return 0, sum(s.num_tokens for result in results for s in result.samples)
+        return 0, num_tokens
 
     run = launch(
         "eval",
@@ -172,7 +189,8 @@ def prepare(config: EvaluateConfig, device: torch.device, rejected_rows: Path) -
         data, held = PromptDataset.load(config.data, encoder, rejected_rows)
         prompts = prompt_suite((held or data).examples, config.suite.num_heldout)
     pairs = held_out_pairs(config, reward, rejected_rows) if reward is not None and config.num_reward_pairs else []
-    return Parts(prompts, pairs, models, reward, learned)
+    judges = build_judges(config.judges, config.run.output_dir, device, config.run.dtype)
+    return Parts(prompts, pairs, models, reward, learned, judges)
 
 
 def held_out_pairs(config: EvaluateConfig, reward: RewardModel, rejected_rows: Path) -> list[PreferenceExample]:
@@ -246,6 +264,7 @@ def answer(
             reward=reward,
             kl=kl,
             entropy=given.entropy,
+            model=name,
         )
         for prompt, given, text, gold, flag, reward, kl in zip(
             prompts, answers, texts, golds, refused, rewards, kls, strict=True

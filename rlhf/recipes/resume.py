@@ -13,6 +13,8 @@ from rlhf.recipes.dpo import DPOConfig, run_dpo
 from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
 from rlhf.recipes.grpo import run_grpo
 from rlhf.recipes.grpo_config import GRPOConfig
+from rlhf.recipes.judge_compare import CompareConfig, run_compare
+from rlhf.recipes.judge_validate import ValidateConfig, run_validate
 from rlhf.recipes.kto import KTOConfig, run_kto
 from rlhf.recipes.pipeline import PipelineConfig
 from rlhf.recipes.ppo import run_ppo
@@ -35,6 +37,8 @@ CONFIGS: dict[str, type[Config]] = {
     "ppo": PPOConfig,
     "grpo": GRPOConfig,
     "eval": EvaluateConfig,
+    "judge_compare": CompareConfig,
+    "judge_validate": ValidateConfig,
     "pipeline": PipelineConfig,
 }
 
@@ -78,7 +82,12 @@ def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -
         return run_ppo(config, folder)
     if isinstance(config, GRPOConfig):
         return run_grpo(config, folder)
-    assert isinstance(config, EvaluateConfig)
-    # An evaluation has no half-way state but the answers in its cache.
+    # Evaluating and judging have no half-way state but the answers and replies in the cache.
     again = {"overwrite": True, "name": folder.name, "output_dir": folder.parent}
-    return run_evaluation(config.model_copy(update={"run": config.run.model_copy(update=again)}))[0]
+    assert isinstance(config, EvaluateConfig | CompareConfig | ValidateConfig)
+    anew = config.model_copy(update={"run": config.run.model_copy(update=again)})
+    if isinstance(anew, CompareConfig):
+        return run_compare(anew)[0]
+    if isinstance(anew, ValidateConfig):
+        return run_validate(anew)[0]
+    return run_evaluation(anew)[0]

@@ -10,13 +10,14 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from chat_server import TellTale, serving
 from config_keys import CASES, Case, Changes, Fails, Refused, keys_of, overrides, stage_keys
 from tiny_backbones import END, PAD, UNKNOWN, WORDS, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -29,6 +30,9 @@ from rlhf.infra.experiment import Run
 from rlhf.recipes.dpo import run_dpo
 from rlhf.recipes.evaluate import run_evaluation
 from rlhf.recipes.grpo import run_grpo
+from rlhf.recipes.judge_compare import run_compare
+from rlhf.recipes.judge_validate import run_validate
+from rlhf.recipes.judging import REPLIES
 from rlhf.recipes.kto import run_kto
 from rlhf.recipes.pipeline import PipelineConfig, WorldConfig, write_world
 from rlhf.recipes.ppo import run_ppo
@@ -50,18 +54,30 @@ RUNNERS: dict[str, Callable[..., Any]] = {
     "ppo": run_ppo,
     "grpo": run_grpo,
     "eval": run_evaluation,
+    "judge_compare": run_compare,
+    "judge_validate": run_validate,
 }
 TEMPLATE = (
     "{% for m in messages %}{{ 'a ' if m['role'] == 'assistant' else 'the ' }}{{ m['content'] }}{{ ' <end> ' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'a ' }}{% endif %}"
 )
+FUNCTIONS = """
+def one(prompts, completions, **columns):
+    return [len(text) for text in completions]
+def two(prompts, completions, **columns):
+    return [-len(text) for text in completions]
+def front(prompts, firsts, seconds, **columns):
+    return [1.0] * len(prompts)
+def leaning(prompts, firsts, seconds, **columns):
+    return [1.0 if len(text) % 2 else 0.5 for text in firsts]
+"""
 REFUSAL = "I cannot help with that."
 Observed = dict[str, Any]
 KEYS = [(recipe, key, case) for recipe, key, found in stage_keys() for case in found if not isinstance(case, Refused)]
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
     """Files, models and runs that the cases name."""
     folder = tmp_path_factory.mktemp("places")
     found: dict[str, object] = write_data(folder)
@@ -75,7 +91,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         texts = [*overrides(recipe, Changes(""), made), f"run.name={name}", f"run.seed={seed}"]
         RUNNERS[recipe](load_config(CONFIGS[recipe], overrides=texts))
         found[name] = folder / name
-    return found
+    with serving(TellTale()) as server, pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OPENAI_API_KEY", raising=False)
+        patch.setenv("RLHF_TEST_KEY", "sk-of-the-tests")
+        yield found | {"server": server.url, "key_variable": "RLHF_TEST_KEY"}
 
 
 def write_data(folder: Path) -> dict[str, object]:
@@ -225,6 +244,8 @@ def seen(path: Path, folder: Path) -> Any:
         return [re.sub(r"^\S+ \S+ ", "", line) for line in timeless(path, folder).splitlines()]
     if path.suffix == ".safetensors":
         return hashlib.sha256(path.read_bytes()).hexdigest()
+    if path.parent.name == REPLIES:
+        return sorted(path.read_text(encoding="utf-8").splitlines())  # in the order in which they came
     if path.name in ("state.json", "tokenizer.json") or path.suffix in (".html", ".png"):
         return "is there"
     return timeless(path, folder)

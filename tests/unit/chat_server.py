@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -30,6 +31,7 @@ class Answer:
 class Request:
     """What arrived: the parsed body, the headers, the moment, and how many were being answered with it."""
 
+    path: str
     body: dict[str, Any]
     headers: dict[str, str]
     moment: float
@@ -81,7 +83,7 @@ class ChatServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with server._lock:
                     server._active += 1
-                    asked = Request(body, dict(self.headers.items()), time.monotonic(), server._active)
+                    asked = Request(self.path, body, dict(self.headers.items()), time.monotonic(), server._active)
                     number = len(server.requests)
                     server.requests.append(asked)
                 try:
@@ -126,6 +128,37 @@ def completion(answer: Answer) -> str:
     if answer.with_usage:
         reply["usage"] = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
     return json.dumps(reply)
+
+
+class TellTale:
+    """A judge whose words tell how it was asked: by its settings, or by the clock, as the model's name says."""
+
+    def __init__(self) -> None:
+        self._failed: dict[str, float] = {}
+        self._last = 0.0
+
+    def __call__(self, request: Request, number: int) -> Answer:
+        model, messages = request.body["model"], request.body["messages"]
+        asked = json.dumps([request.path, request.body, request.headers.get("Authorization")], sort_keys=True)
+        verdict = "[[A]]" if len(request.prompt) % 2 else "[[B]]"
+        if model == "slow":
+            return Answer(verdict, delay=0.3)
+        if model == "crowd":
+            return Answer(f"{'alone' if request.at_once == 1 else 'in a crowd'} {verdict}", delay=0.05)
+        if model == "flaky":
+            return Answer(verdict) if number % 2 else Answer(status=500)
+        if model == "prose" and len(messages) == 2:
+            return Answer("Hard to say.")
+        if model == "clock":
+            quick, self._last = request.moment - self._last < 0.05, request.moment
+            return Answer(f"{'quick' if quick else 'slow'} {verdict}")
+        if model == "patience":
+            failed = self._failed.pop(asked, None)
+            if failed is None:
+                self._failed[asked] = request.moment
+                return Answer(status=500)
+            return Answer(f"{'hasty' if request.moment - failed < 0.15 else 'patient'} {verdict}")
+        return Answer(f"{hashlib.sha256(asked.encode()).hexdigest()} {verdict}")
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from rlhf.algo.trainer import OptimizerConfig
 from rlhf.data.data_config import DataConfig, InstructionDataConfig, PromptDataConfig, SourceConfig, StepDataConfig
 from rlhf.data.tinychat.labeller import LabellerConfig
 from rlhf.eval.suites import SuiteConfig
+from rlhf.infra.chat_api import ChatApiConfig
+from rlhf.infra.chat_budget import BudgetConfig
 from rlhf.infra.config_errors import sections_in
 from rlhf.infra.experiment import RunConfig
 from rlhf.models.backbone import ModelConfig
@@ -28,6 +30,17 @@ from rlhf.models.reward_model import RewardModelConfig
 from rlhf.recipes.dpo import DPOConfig
 from rlhf.recipes.evaluate import EvaluateConfig
 from rlhf.recipes.grpo_config import GRPOKLConfig, GRPOSettings, GRPOShapingConfig
+from rlhf.recipes.judge_compare import CompareConfig
+from rlhf.recipes.judge_validate import ValidateConfig
+from rlhf.recipes.judging import (
+    ColumnJudgeConfig,
+    FunctionJudgeConfig,
+    LengthJudgeConfig,
+    LLMJudgeConfig,
+    NamedJudge,
+    PairFunctionJudgeConfig,
+    RewardModelJudgeConfig,
+)
 from rlhf.recipes.kto import KTOConfig
 from rlhf.recipes.online_config import OnlineConfig
 from rlhf.recipes.pipeline import WorldConfig
@@ -96,6 +109,8 @@ BASE = {
              "grpo.num_prompts=4", "grpo.num_generations=4", "grpo.num_epochs=2", "generation.max_new_tokens=6",
              "optimizer.learning_rate=0.01"],
     "eval": ["models={{base: {base}, tuned: {policy}}}", "generation.max_new_tokens=6", "suite.num_heldout=8"],
+    "judge_compare": ["first={answers}", "second={other_answers}", "judges=[{{kind: length}}]"],
+    "judge_validate": ["labels={labelled}", "judges=[{{kind: length}}]"],
 }  # fmt: skip
 SHARED = ["run.name=run", "run.output_dir={runs}", "run.device=cpu", "run.num_threads=1", "data.train_files={pairs}"]
 FULL, ALL_TOKENS = ("model.train=full",), ("data.train_on=every_token",)
@@ -109,6 +124,20 @@ LENGTH = "{{name: length_penalty, arguments: {{target_words: 2}}}}"
 RULES_ONLY, TWO_RULES = (f"rewards=[{TARGET}]",), (f"rewards=[{TARGET}, {LENGTH}]",)
 SMALL_WORLD = (*TINYCHAT, "suite.num_ood=1", "suite.num_probes=1")
 MODEL_REWARD = ("rewards=[{{name: model}}]", "reward_model={reward}")
+READS_NO_ROWS = ("judge_compare", "judge_validate")  # of the `data` section that SHARED names
+LENGTH_JUDGE, COLUMN_JUDGE = ("judges=[{{kind: length}}]",), ("judges=[{{kind: column, column: finished}}]",)
+REWARD_JUDGE = ("judges=[{{kind: reward_model, source: {reward}}}]",)
+FUNCTION_JUDGE = ("judges=[{{kind: function, function: '{functions}:one'}}]",)
+PAIR_JUDGE = ("judges=[{{kind: pair_function, function: '{functions}:leaning'}}]",)
+
+
+def llm_judge(model: str = "plain", more: str = "") -> tuple[str, ...]:
+    """A judge behind the tests' server, whose model name says what it does (`chat_server.TellTale`)."""
+    return (f"judges=[{{{{kind: llm, base_url: '{{server}}', model: {model}, backoff_seconds: 0.01{more}}}}}]",)
+
+
+PRICES = "budget: {{price_per_million_prompt_tokens: 3, price_per_million_completion_tokens: 9}}"
+PRICED = llm_judge(more=f", {PRICES}")
 ONE_UPDATE = ("ppo.num_ppo_epochs=1", "ppo.num_mini_batches=1")
 ONE_UPDATE_OF_GROUPS = ("grpo.num_epochs=1", "grpo.num_mini_batches=1")
 
@@ -404,7 +433,65 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "reward_model": [Changes("{other_reward}", MODEL_REWARD), Refused("{reward}", IDLE)],
         "rewards": [Changes("[{{name: length_penalty, arguments: {{target_words: 2}}}}]")],
     },
+    NamedJudge: {
+        "name": [Changes("another", LENGTH_JUDGE)],
+        "kind": [Refused("nobody", "a judge needs a kind", LENGTH_JUDGE)],
+    },
+    LengthJudgeConfig: {"prefer": [Changes("shorter", LENGTH_JUDGE)]},
+    ColumnJudgeConfig: {"column": [Changes("refused", COLUMN_JUDGE)]},
+    RewardModelJudgeConfig: {"source": [Changes("{other_reward}", REWARD_JUDGE)]},
+    FunctionJudgeConfig: {"function": [Changes("{functions}:two", FUNCTION_JUDGE)]},
+    PairFunctionJudgeConfig: {"function": [Changes("{functions}:front", PAIR_JUDGE)]},
+    LLMJudgeConfig: {
+        "unparsable_retries": [Changes("0", llm_judge("prose"))],
+        "instructions": [Changes("{instructions}", llm_judge()), Refused("no/where", "no such file", llm_judge())],
+        "use_cache": [Changes("false", llm_judge())],
+    },
+    ChatApiConfig: {
+        "base_url": [Changes("{server}/deeper", llm_judge()), Refused("ftp://h", "an address like", llm_judge())],
+        "model": [Changes("another", llm_judge())],
+        "api_key_env": [Changes("{key_variable}", llm_judge()), Refused("a-key", "NAME of an env", llm_judge())],
+        "temperature": [Changes("1", llm_judge()), Changes("null", llm_judge())],
+        "max_tokens": [Changes("7", llm_judge())],
+        "max_tokens_key": [Changes("max_completion_tokens", llm_judge())],
+        "extra_body": [Changes("{{top_p: 0.5}}", llm_judge())],
+        "concurrency": [Changes("1", llm_judge("crowd"))],
+        "requests_per_minute": [Changes("900", llm_judge("clock"))],
+        "timeout_seconds": [Fails("0.05", "no reply within 0.05 s", llm_judge("slow", ", max_retries: 0"))],
+        "max_retries": [Fails("0", "failed 1 times", llm_judge("flaky"))],
+        "backoff_seconds": [Changes("0.5", llm_judge("patience", ", concurrency: 64"))],
+    },
+    BudgetConfig: {
+        "max_requests": [Fails("1", "the budget of 1 requests is spent", llm_judge())],
+        "max_tokens": [Fails("10", "the budget of 10 tokens allows no", llm_judge())],
+        "max_cost": [
+            Fails("1e-9", "the budget of 1e-09 allows no", PRICED),
+            Refused("1", "max_cost needs the prices", llm_judge()),
+        ],
+        "price_per_million_prompt_tokens": [Changes("5", PRICED)],
+        "price_per_million_completion_tokens": [Changes("5", PRICED)],
+    },
+    CompareConfig: {
+        "first": [Changes("{other_answers}")],
+        "second": [Changes("{answers}")],
+        "judges": [Changes("[{{kind: length, prefer: shorter}}]"), Refused("[]", "no judge is named")],
+        "rule": [Changes("agreed", PAIR_JUDGE)],
+        "where": [Changes("{{kind: even}}")],
+        "max_pairs": [Changes("3")],
+        "title": [Changes("Another title")],
+    },
+    ValidateConfig: {
+        "labels": [Changes("{more_labelled}"), Refused("[]", "labels names no file")],
+        "judges": [Changes("[{{kind: length, prefer: shorter}}]"), Refused("[]", "no judge is named")],
+        "rule": [Changes("agreed", PAIR_JUDGE)],
+        "max_pairs": [Changes("3")],
+        "title": [Changes("Another title")],
+    },
     EvaluateConfig: {
+        "judges": [
+            Changes("[{{kind: length}}]"),
+            Refused("[{{kind: length}}]", IDLE, ("models={{base: {base}}}",)),
+        ],
         "models": [Changes("{{base: {other}}}"), Changes("{{third: {other}}}")],
         "reference": [Changes("tuned"), Refused("nobody", IDLE)],
         "reward_model": [Changes("{reward}")],
@@ -429,6 +516,14 @@ ONLINE: dict[str, list[Case]] = {
 }
 # Where one recipe differs from the others that have the section.
 IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
+    **{
+        recipe: {
+            "run.dtype": [Changes("bf16", REWARD_JUDGE)],
+            "run.save_every_steps": [Refused("1", IDLE)],
+            "run.keep_checkpoints": [Refused("1", IDLE)],
+        }
+        for recipe in READS_NO_ROWS
+    },
     "pretrain": {
         "data.system_prompt": [Refused("big", IDLE)],
         "data.overlong": [Refused("truncate_prompt", IDLE)],
@@ -607,7 +702,8 @@ def stage_keys() -> Iterator[tuple[str, str, list[Case]]]:
 def overrides(recipe: str, case: Case, places: Mapping[str, object], key: str | None = None) -> list[str]:
     """The command line of a case: what every run shares, what stands around, and with a key its value."""
     last = [] if key is None else [f"{key}={case.value}"]
-    return [text.format_map(places) for text in [*SHARED, *BASE[recipe], *case.around, *last]]
+    shared = [text for text in SHARED if recipe not in READS_NO_ROWS or not text.startswith("data.")]
+    return [text.format_map(places) for text in [*shared, *BASE[recipe], *case.around, *last]]
 
 
 def _absolute(case: Case, section: str) -> Case:

@@ -19,6 +19,8 @@ STAGES = [recipe for recipe in CONFIGS if recipe != "pipeline"]
 NAMES = ("runs", "elsewhere", "base", "other", "tokenizer", "refuser", "policy", "reward", "other_reward")
 DATA = ("pairs", "more", "renamed", "hh", "chats", "steps", "more_steps", "renamed_steps", "hh_steps")
 PLACES = {name: f"somewhere/{name}" for name in NAMES} | {name: f"{name}.jsonl" for name in DATA}
+PLACES |= {name: f"{name}.jsonl" for name in ("answers", "other_answers", "labelled", "more_labelled")}
+PLACES |= {"server": "http://127.0.0.1:1/v1", "key_variable": "A_KEY", "functions": "mine.py"}
 PLACES |= {"absent_device": "cuda", "splits": "some/splits", "step_splits": "some/steps"}
 
 
