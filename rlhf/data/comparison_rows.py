@@ -107,7 +107,7 @@ def _answer(row: RawRow, raw: RawRows) -> AnswerRow | None:
             response = only.response if isinstance(only, InstructionRow) else only.completion
             prompt, columns = only.prompt, dict(only.columns)
     except UserError as error:
-        raise UserError(f"'{row.file}' {row.unit} {row.place}: {error}") from None
+        raise UserError(f"'{row.file}' {row.unit} {row.place} does not hold one answer: {error}") from None
     except (MalformedRowError, UnusableRowError) as error:
         raw.reject(row, str(error))
         return None

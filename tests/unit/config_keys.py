@@ -488,10 +488,7 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "title": [Changes("Another title")],
     },
     EvaluateConfig: {
-        "judges": [
-            Changes("[{{kind: length}}]"),
-            Refused("[{{kind: length}}]", IDLE, ("models={{base: {base}}}",)),
-        ],
+        "judges": [Changes("[{{kind: length}}]")],
         "models": [Changes("{{base: {other}}}"), Changes("{{third: {other}}}")],
         "reference": [Changes("tuned"), Refused("nobody", IDLE)],
         "reward_model": [Changes("{reward}")],

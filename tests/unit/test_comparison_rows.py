@@ -112,5 +112,5 @@ def test_answers_in_the_usual_formats(tmp_path: Path) -> None:
         assert found[0].response == "so"
     with pytest.raises(UserError, match="does not hold one answer"):
         read_answers(write(tmp_path / "pair.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}]))
-    with pytest.raises(UserError, match="line 1: "):
+    with pytest.raises(UserError, match="line 1 does not hold one answer: the columns"):
         read_answers(write(tmp_path / "odd.jsonl", [{"x": 1}]))

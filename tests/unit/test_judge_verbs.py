@@ -17,6 +17,7 @@ from command_line import rlhf
 
 from rlhf.infra.config import load_config
 from rlhf.infra.errors import UserError
+from rlhf.recipes.evaluate import EvaluateConfig
 from rlhf.recipes.judge_compare import CompareConfig, are_answers, model_names, run_compare
 from rlhf.recipes.judge_validate import ValidateConfig, run_validate
 from rlhf.recipes.judge_winrate import stored_win_rates
@@ -159,6 +160,13 @@ def test_answers_of_an_evaluation_by_its_models(tmp_path: Path) -> None:
         run_compare(load_config(CompareConfig, overrides=texts))
 
 
+def test_an_evaluation_of_one_model_has_nothing_to_compare() -> None:
+    texts = ["models={only: somewhere}", "judges=[{kind: length}]"]
+    with pytest.raises(UserError, match="'judges' has no effect here because there is only one model"):
+        load_config(EvaluateConfig, overrides=texts)
+    assert load_config(EvaluateConfig, overrides=[*texts, "models={other: elsewhere}"]).judges
+
+
 def test_what_a_source_is(tmp_path: Path, answers: tuple[Path, Path]) -> None:
     assert are_answers(str(answers[0]), tmp_path) and are_answers(f"{answers[0]}:ppo", tmp_path)
     assert not are_answers("sft", tmp_path) and not are_answers("tinychat", tmp_path)
@@ -169,6 +177,7 @@ def test_what_a_source_is(tmp_path: Path, answers: tuple[Path, Path]) -> None:
 # ---------------------------------------------------------------------- nothing judged is lost
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_asks_nothing_twice(
     tmp_path: Path, answers: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,6 +237,7 @@ def test_a_server_that_dies_costs_nothing_twice(
         server.stop()
 
 
+@pytest.mark.slow
 def test_the_key_is_in_no_file_and_no_output(
     tmp_path: Path, answers: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
