@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rlhf.data.comparison_rows import AnswerRow, read_answers
 from rlhf.data.reading import data_files
@@ -35,8 +35,8 @@ class CompareConfig(Config):
     """`rlhf judge compare`, where the answers are there already."""
 
     run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device")
-    first: str = Field(description="answers of the model in question: a file, or EVALUATION:MODEL")
-    second: str = Field(description="answers of the model it is compared with")
+    first: str = Field("", description="answers of the model in question: a file, or EVALUATION:MODEL")
+    second: str = Field("", description="answers of the model it is compared with")
     judges: Judges = Field((), description="who judges, as a list of kinds with their settings")
     rule: Literal["averaged", "agreed"] = Field(
         "averaged", description="two orders become one preference: their mean, or a tie unless they agree"
@@ -46,12 +46,6 @@ class CompareConfig(Config):
     )
     max_pairs: int | None = Field(None, ge=1, description="at most so many pairs, the first ones")
     title: str = Field("Answers compared", description="heading of the report")
-
-    @model_validator(mode="after")
-    def _somebody_judges(self) -> CompareConfig:
-        if not self.judges:
-            raise ValueError(NO_JUDGE)
-        return self
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
@@ -92,6 +86,10 @@ def run_compare(config: CompareConfig) -> tuple[Run, JudgeReport | None]:
         written.append(report(settings, run, parts, judged))
         return 0, tokens_of(parts.judges)
 
+    if not config.first or not config.second:
+        raise UserError("two sides are compared: set first and second to files of answers, or to EVALUATION:MODEL")
+    if not config.judges:
+        raise UserError(NO_JUDGE)
     files = [*answer_files(config.first, config.run.output_dir), *answer_files(config.second, config.run.output_dir)]
     run = launch("judge_compare", config, prepare, judge, settings=config.run, data_files=files)
     return run, written[0] if written else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from rlhf.data.comparison_rows import ComparisonRow, read_comparisons
 from rlhf.data.data_config import Names
@@ -42,7 +42,7 @@ class ValidateConfig(Config):
     """`rlhf judge validate`."""
 
     run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device")
-    labels: Names = Field(description="files of two answers to a prompt with a person's label, such as LLMBar's")
+    labels: Names = Field((), description="files of two answers to a prompt with a person's label, such as LLMBar's")
     judges: Judges = Field((), description="who is measured, as a list of kinds with their settings")
     rule: Literal["averaged", "agreed"] = Field(
         "averaged", description="two orders become one preference: their mean, or a tie unless they agree"
@@ -54,14 +54,6 @@ class ValidateConfig(Config):
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _somebody_judges(self) -> ValidateConfig:
-        if not self.judges:
-            raise ValueError(NO_JUDGE)
-        if not self.labels:
-            raise ValueError("labels names no file; give at least one, such as labels=[llmbar/dataset.json]")
-        return self
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
@@ -93,6 +85,10 @@ def run_validate(config: ValidateConfig) -> tuple[Run, JudgeReport | None]:
         written.append(report(settings, run, parts, judged))
         return 0, tokens_of(parts.judges)
 
+    if not config.labels:
+        raise UserError("labels names no file; give at least one, such as labels=[llmbar/dataset.json]")
+    if not config.judges:
+        raise UserError(NO_JUDGE)
     files = [file for source in config.labels for file in data_files(source)]
     run = launch("judge_validate", config, prepare, judge, settings=config.run, data_files=files)
     return run, written[0] if written else None

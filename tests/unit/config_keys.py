@@ -435,7 +435,7 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
     },
     NamedJudge: {
         "name": [Changes("another", LENGTH_JUDGE)],
-        "kind": [Refused("nobody", "a judge needs a kind", LENGTH_JUDGE)],
+        "kind": [Fails("gold", "prompts of the built-in world only", LENGTH_JUDGE)],
     },
     LengthJudgeConfig: {"prefer": [Changes("shorter", LENGTH_JUDGE)]},
     ColumnJudgeConfig: {"column": [Changes("refused", COLUMN_JUDGE)]},
@@ -474,15 +474,15 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
     CompareConfig: {
         "first": [Changes("{other_answers}")],
         "second": [Changes("{answers}")],
-        "judges": [Changes("[{{kind: length, prefer: shorter}}]"), Refused("[]", "no judge is named")],
+        "judges": [Changes("[{{kind: length, prefer: shorter}}]"), Fails("[]", "no judge is named")],
         "rule": [Changes("agreed", PAIR_JUDGE)],
         "where": [Changes("{{kind: even}}")],
         "max_pairs": [Changes("3")],
         "title": [Changes("Another title")],
     },
     ValidateConfig: {
-        "labels": [Changes("{more_labelled}"), Refused("[]", "labels names no file")],
-        "judges": [Changes("[{{kind: length, prefer: shorter}}]"), Refused("[]", "no judge is named")],
+        "labels": [Changes("{more_labelled}"), Fails("[]", "labels names no file")],
+        "judges": [Changes("[{{kind: length, prefer: shorter}}]"), Fails("[]", "no judge is named")],
         "rule": [Changes("agreed", PAIR_JUDGE)],
         "max_pairs": [Changes("3")],
         "title": [Changes("Another title")],

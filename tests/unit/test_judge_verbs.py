@@ -366,7 +366,7 @@ def test_stored_verdicts_that_are_none_are_left_out(tmp_path: Path) -> None:
         (["compare", "{one}", "nowhere", "judges=[{{kind: length}}]"], "holds answers, but 'nowhere' does not"),
         (["compare", "{one}", "{other}", "judges=[{{kind: length}}]"], "share no prompt"),
         (["compare", "{one}", "{two}", "judges=[{{kind: length}}]", "run.save_every_steps=3"], "has no effect here"),
-        (["validate", "judges=[{{kind: length}}]"], "config key 'labels' is required"),
+        (["validate", "judges=[{{kind: length}}]"], "labels names no file"),
         (["validate", "labels={labels}"], "no judge is named"),
         (["validate", "labels=absent.json", "judges=[{{kind: length}}]"], "'absent.json' does not exist"),
         (["validate", "labels={one}", "judges=[{{kind: length}}]"], "no form of two answers to one prompt"),

@@ -20,7 +20,7 @@ STAGES = {"pretrain": "pretrain", "sft": "sft", "reward": "reward", "dpo": "dpo"
 PLACES = {name: f"some/{name}" for name in ("base", "other", "tokenizer", "policy", "reward", "other_reward")}
 PLACES |= {name: f"some/{name}" for name in ("refuser", "elsewhere", "splits")}
 PLACES |= {name: f"{name}.jsonl" for name in ("pairs", "more", "renamed", "hh", "chats")}
-PLACES["absent_device"] = "cuda"
+PLACES |= {"absent_device": "cuda", "server": "http://127.0.0.1:1/v1", "key_variable": "A_KEY", "functions": "mine.py"}
 RUN = {f"run.{name}" for name in RunConfig.model_fields}
 SOURCES = {
     "data.name", "data.train_files", "data.validation_files", "data.split", "data.validation_split", "data.data_dir",
@@ -67,11 +67,13 @@ def value_at(tree: Any, key: str) -> Any:
 @pytest.mark.parametrize("stage", STAGES)
 def test_C9_a_key_of_a_stage_arrives_or_is_refused(folder: Path, stage: str) -> None:
     recipe, refused, lost = STAGES[stage], set(), []
+    places = PLACES | {"instructions": str(folder / "instructions.txt")}
+    (folder / "instructions.txt").write_text("Say [[A]], [[B]] or [[C]].", encoding="utf-8")
     before_that = cache(lambda around: resolved(folder, *around))
     for key, owner, name in keys_of(CONFIGS[recipe]):
         case = cases(recipe, key, owner, name)[0]
-        value = f"{stage}.{key}={case.value}".format_map(PLACES)
-        around = [] if isinstance(case, Refused) else [text.format_map(PLACES) for text in case.around]
+        value = f"{stage}.{key}={case.value}".format_map(places)
+        around = [] if isinstance(case, Refused) else [text.format_map(places) for text in case.around]
         around = [f"{stage}.{text}" for text in around if text.partition("=")[0] not in REFUSED[stage]]
         around += ["pretrain.training.max_steps=9"] if stage == "pretrain" else []
         before = before_that(tuple(around))
