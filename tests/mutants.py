@@ -496,6 +496,8 @@ def _import_the_slow_parts() -> None:
     import pytest  # noqa: F401
     import scipy.signal  # noqa: F401
     import torch
+
+    importlib.import_module("rlhf")  # before transformers: it keeps a library's warning to itself
     import transformers
 
     assert transformers.GPT2LMHeadModel and transformers.Qwen2ForCausalLM and transformers.get_scheduler

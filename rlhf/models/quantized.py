@@ -7,7 +7,6 @@ dtype in every product. Embeddings and the head stay as they are: that is where 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +32,6 @@ def quantization_config(
     Raises:
         UserError: bitsandbytes is not installed, or does not know the device.
     """
-    # On import it asks for a kernel that only its inference layout uses (see `keep_codes_as_loaded`).
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:
