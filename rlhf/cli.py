@@ -7,10 +7,9 @@ Recipes are imported inside the verbs, so that `rlhf --help` does not wait for t
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -42,6 +41,7 @@ Recipe = Annotated[
         metavar="RECIPE",
     ),
 ]
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as section.key=value.", show_default=False)]
 
 
@@ -208,6 +208,34 @@ def generate(
         typer.echo(f"> {prompt}\n{answer}\n")
 
 
+@app.command("export")
+def export_model(
+    source: Annotated[str, typer.Argument(help="Run, or folder of a policy or a reward model.", show_default=False)],
+    to: Annotated[Path | None, typer.Option(help="Folder to write; default: exports/<name of the run>.")] = None,
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of the weights.")] = "bf16",
+    base: Annotated[
+        str | None, typer.Option(help="Original weights, where the base on record is quantised or gone.")
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where the models are loaded and compared.")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    max_abs_difference: Annotated[float | None, typer.Option(min=0.0, help="Tolerance of logits or scores.")] = None,
+    max_mean_kl: Annotated[float | None, typer.Option(min=0.0, help="Tolerance in nats per token.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+) -> None:
+    """Write a model as a plain Hugging Face folder with its card, checked against the run."""
+    from rlhf.recipes.export import ExportConfig, run_export
+
+    settings = {
+        "source": source, "target": to, "dtype": dtype, "base": base, "device": device, "overwrite": overwrite,
+        "max_abs_difference": max_abs_difference, "max_mean_kl": max_mean_kl, "output_dir": output_dir,
+    }  # fmt: skip
+    done = run_export(ExportConfig.model_validate(settings))
+    typer.echo(f"export: {done.folder} ({done.report['kind'].replace('_', ' ')}, {dtype})")
+    typer.echo(done.summary())
+
+
 @app.command()
 def chat(
     source: Annotated[str, typer.Argument(help="Run, folder or hub name.", show_default=False)],
@@ -269,8 +297,6 @@ def main() -> None:
     """Entry point: errors that the user can mend become one sentence and exit code 2."""
     from rlhf.infra.interrupt import Stopped
 
-    # transformers imports it where it is installed, and it then misses a kernel that only its inference layout uses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -25,6 +25,8 @@ from rlhf.infra.errors import UserError
 from rlhf.models.backbone import Backbone, ModelConfig, resolve_model
 from rlhf.models.scoring import CONFIG_FILE, ScoringModel, TrainMode, last_columns
 
+# In the config.json of a sequence classifier that was exported from here: suffix, mean and deviation of its scores.
+SCORING = "rlhf_scoring"
 Pooling = Literal["last", "mean"]
 
 
@@ -134,16 +136,25 @@ class ClassifierReward(nn.Module):
             )
         prepare_tokenizer(self.tokenizer)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.dtype_name, self.scale = dtype_name, ScoreScale()
+        scoring = {"suffix": "", "mean": 0.0, "std": 1.0} | config.to_dict().get(SCORING, {})
+        self.dtype_name, self.scale = dtype_name, ScoreScale(scoring["mean"], scoring["std"])
+        self._suffix_ids: list[int] = self.tokenizer(scoring["suffix"], add_special_tokens=False)["input_ids"]
         self.model.eval().requires_grad_(False)
 
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
+        if self._suffix_ids:
+            if attention_mask_BT is None:
+                attention_mask_BT = torch.ones_like(input_ids_BT, dtype=torch.bool)
+            input_ids_BT, attention_mask_BT = lengthened(input_ids_BT, attention_mask_BT, self._suffix_ids)
+            # transformers looks for the last token that is not padding, whatever the mask says.
+            input_ids_BT = input_ids_BT.masked_fill(~attention_mask_BT, self.tokenizer.pad_token_id)
         with autocast(input_ids_BT.device, self.dtype_name):
             scores_B: Tensor = self.model(input_ids=input_ids_BT, attention_mask=attention_mask_BT).logits[:, 0]
         return scores_B.float()
 
     def standardised(self, scores_B: Tensor) -> Tensor:
-        return scores_B
+        """As of a `RewardModel` where the classifier was exported from one; otherwise the scores as they are."""
+        return (scores_B - self.scale.mean) / self.scale.std
 
 
 def load_reward_model(

@@ -109,10 +109,18 @@ class ScoringModel(nn.Module):
 
     @classmethod
     def load(
-        cls, folder: Path, backbone: Backbone | None = None, adapter: str = "reward", dtype_name: str = "fp32"
+        cls,
+        folder: Path,
+        backbone: Backbone | None = None,
+        adapter: str = "reward",
+        dtype_name: str = "fp32",
+        original_weights: bool = False,
+        base: str | None = None,
     ) -> Self:
         """Read what `save` wrote, frozen: onto a shared backbone where that is the same base, held in as many bits, and
-        its own weights do not train (the scores would move with them), else with a base of its own.
+        its own weights do not train (the scores would move with them), else with a base of its own. `original_weights`:
+        that is not quantised, even where the head was trained on one that was. `base` takes the place of the base that
+        the adapter names.
 
         Raises:
             UserError: the folder holds no such model, one of the other kind, or one without its head.
@@ -121,8 +129,8 @@ class ScoringModel(nn.Module):
         if not (folder / HEAD_FILE).is_file():
             raise UserError(f"{folder} has no {HEAD_FILE}: its scores would be those of a random head; train it again")
         full = description["train"] == "full"
-        base = str(folder) if full else description["base_model_name_or_path"]
-        coded = description.get("quantization", {})
+        base = str(folder) if full else base or description["base_model_name_or_path"]
+        coded = {} if original_weights else description.get("quantization", {})
         if backbone is None or full or not backbone.base_is_frozen or not same_base(backbone.name, base):
             backbone = _base_of_its_own(folder, base, coded, dtype_name, backbone)
         elif backbone.quantisation != coded:

@@ -66,18 +66,25 @@ def locate(source: str, output_dir: Path, kind: str) -> str:
 
 
 def load_policy(
-    source: str, config: ModelConfig, output_dir: Path, device: torch.device, dtype: str = "fp32", adapter: str = "sft"
+    source: str,
+    config: ModelConfig,
+    output_dir: Path,
+    device: torch.device,
+    dtype: str = "fp32",
+    adapter: str = "sft",
+    base: str | None = None,
 ) -> LoadedPolicy:
     """Load base and adapter of a policy; `config` says how the base is to be held, the source which base it is.
 
     An adapter gets its base as it was trained on, in 4 bits or not, unless `config` was told otherwise. Where every
-    weight is to train, the adapter is merged into the original base: it could not be told from it afterwards.
+    weight is to train, the adapter is merged into the original base: it could not be told from it afterwards. `base`
+    takes the place of the base that the adapter names.
     """
     folder = locate(source, output_dir, POLICY)
     if not (Path(folder) / ADAPTER_CONFIG).is_file():
         backbone = Backbone.load(config.model_copy(update={"name_or_path": folder}), dtype, device)
         return LoadedPolicy(backbone, None)
-    base = base_of(folder)
+    base = base or base_of(folder)
     has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
     place = {"name_or_path": base, "tokenizer": folder if has_tokenizer else config.tokenizer}
     if config.train == "lora":
