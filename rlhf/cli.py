@@ -18,6 +18,7 @@ from rlhf.infra.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf.eval.report import ReportPaths
+    from rlhf.eval.suite_report import SuiteReport
     from rlhf.infra.experiment import Run
 
 app = typer.Typer(
@@ -134,11 +135,16 @@ def grpo(config: ConfigOption = None, overrides: Overrides = None) -> None:
 
 @app.command("eval")
 def evaluate(config: ConfigOption = None, overrides: Overrides = None) -> None:
-    """Compare models on the same prompts and write a report."""
+    """Compare models on the same prompts and write a report, or run fixed suites (suites=[...])."""
     from rlhf.infra.config import load_config
     from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
+    from rlhf.recipes.suites import run_suites
 
-    run, report = run_evaluation(load_config(EvaluateConfig, config, overrides or ()))
+    settings = load_config(EvaluateConfig, config, overrides or ())
+    if settings.suites:
+        _show_suites(*run_suites(settings))
+        return
+    run, report = run_evaluation(settings)
     _show(report)
     _say(run)
     typer.echo(f"report: {report.html}")
@@ -328,6 +334,31 @@ def _show(report: ReportPaths) -> None:
 
     console = terminal()
     console.print(summary_table(report.report, intervals_below=console.width < 120))
+
+
+def _show_suites(run: Run, report: SuiteReport) -> None:
+    """Print what suites say; exit code 1 where something got worse that must not."""
+    from rlhf.eval.report import console_table
+    from rlhf.eval.suite_report import REPORT_FILE, cautions_of, changes_of, scores_of
+    from rlhf.infra.logger import terminal
+
+    console = terminal()
+    console.print(console_table(scores_of(report), intervals_below=console.width < 120))
+    if report.comparisons:
+        console.print(console_table(changes_of(report)))
+    for sentence in cautions_of(report):
+        typer.echo(f"note: {sentence}")
+    _say(run)
+    typer.echo(f"report: {run.folder / REPORT_FILE}")
+    for found in report.worse:
+        names = ", ".join(worse.item_id for worse in found.worse)
+        print(
+            f"rlhf: {found.suite}: {found.model} is worse than {found.reference} on {len(found.worse)} prompts that "
+            f"must not get worse: {names}; both answers are in the report",
+            file=sys.stderr,
+        )
+    if report.worse:
+        raise typer.Exit(1)
 
 
 def _say(run: Run) -> None:

@@ -194,6 +194,10 @@ class ChatEncoder:
         encoded = iter(self._encode_continuation(texts))
         return [[[*next(encoded), *ending] for _ in steps] for steps in solutions]
 
+    def continuation_ids_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts that stand behind other text as they are: nothing is added at either end."""
+        return self._encode_continuation(texts)
+
     def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
         """Return `decode` of every row."""
         stops = set(self.stop_token_ids)  # an end-of-turn token need not be flagged as special

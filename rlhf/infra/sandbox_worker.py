@@ -11,7 +11,10 @@ JSON frame with how the child ended and a frame with what the child wrote.
 
 from __future__ import annotations
 
-import bisect  # noqa: F401 - imported here so that a job can import it after the file system is closed
+import array  # noqa: F401 - imported here, like those below, so that a job can import it once the files are closed
+import bisect  # noqa: F401
+import calendar  # noqa: F401
+import cmath  # noqa: F401
 import collections  # noqa: F401
 import contextlib
 import copy  # noqa: F401
@@ -19,14 +22,17 @@ import ctypes
 import dataclasses  # noqa: F401
 import datetime  # noqa: F401
 import decimal  # noqa: F401
+import enum  # noqa: F401
 import errno
 import fractions  # noqa: F401
 import functools  # noqa: F401
 import gc
+import hashlib  # noqa: F401
 import heapq  # noqa: F401
 import itertools  # noqa: F401
 import json
 import math
+import numbers  # noqa: F401
 import operator  # noqa: F401
 import os
 import platform
@@ -39,6 +45,7 @@ import statistics  # noqa: F401
 import string  # noqa: F401
 import struct
 import sys
+import textwrap  # noqa: F401
 import time
 import types
 import typing

@@ -350,6 +350,12 @@ class Backbone(nn.Module):
         return int(self.model.config.hidden_size)
 
     @property
+    def context(self) -> int | None:
+        """Tokens that the model can read at once, by its configuration; None where that does not say."""
+        config = self.model.config
+        return int(config.max_position_embeddings) if hasattr(config, "max_position_embeddings") else None
+
+    @property
     def vocab_size(self) -> int:
         return int(self.model.config.vocab_size)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf.data.chat import ChatEncoder
-from rlhf.data.data_config import PromptDataConfig, SourceConfig
+from rlhf.data.data_config import Names, PromptDataConfig, SourceConfig
 from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
 from rlhf.data.prompt_dataset import PromptDataset
 from rlhf.data.tinychat import GoldScorer
@@ -25,15 +25,14 @@ from rlhf.eval.reward_accuracy import RewardPair
 from rlhf.eval.samples import Cost, Mode, ModelResult, Sample, write_samples
 from rlhf.eval.suites import EvalPrompt, SuiteConfig, gold_scores, prompt_suite, shown, tinychat_suite
 from rlhf.infra.config import Config
-from rlhf.infra.determinism import derive_seed
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.infra.run_folder import RUN_INFO, read_run_info
-from rlhf.models.backbone import ModelConfig
-from rlhf.models.decoding import GenerationConfig, text_before_stop
-from rlhf.models.policy import Policy
+from rlhf.models.backbone import Backbone, ModelConfig
+from rlhf.models.decoding import GenerationConfig
 from rlhf.models.reference import Reference
-from rlhf.models.reward_model import RewardModel, load_reward_model
+from rlhf.models.reward_model import ClassifierReward, RewardModel, load_reward_model
+from rlhf.recipes.answers import askable, cached_answers, texts_of
 from rlhf.recipes.evaluation_judges import judge_models
 from rlhf.recipes.judge_pairs import cost_notes
 from rlhf.recipes.judging import Judges, build_judges
@@ -41,9 +40,8 @@ from rlhf.recipes.launch import launch
 from rlhf.recipes.reward import as_reward_pairs, score_pairs
 from rlhf.recipes.stages import REWARD_MODEL, LoadedPolicy, PolicyShelf, locate
 from rlhf.rewards.detectors import refusal_flags
-from rlhf.rewards.learned import SCORING_TOKENS, LearnedReward
-from rlhf.rollout.cache import CachedAnswer, ResponseCache, answers_of, weights_hash
-from rlhf.rollout.sampler import Sampler
+from rlhf.rewards.learned import SCORING_TOKENS, LearnedReward, same_tokenizer
+from rlhf.rollout.cache import CachedAnswer
 
 
 class EvaluateConfig(Config):
@@ -61,19 +59,34 @@ class EvaluateConfig(Config):
     reward_model: str | None = Field(
         None, description="run or folder of a reward model; null: answers get no such score"
     )
+    suites: Names = Field(
+        (),
+        description="fixed suites to run instead of the full report: their names, files, folders or FORMAT:PATH",
+    )
+    max_items: int | None = Field(None, ge=1, description="at most this many items of each suite; null: all")
+    baseline: str | None = Field(
+        None, description="an earlier run of suites whose results the models are compared with; null: `reference`"
+    )
     data: PromptDataConfig = Field(
         default_factory=PromptDataConfig, description="prompts; tinychat has suites of its own"
     )
     num_reward_pairs: int = Field(1_000, ge=0, description="held-out pairs that the reward model is measured on")
     suite: SuiteConfig = Field(default_factory=SuiteConfig, description="how many prompts of each kind")
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="how answers are drawn")
-    greedy: bool = Field(True, description="also answer the held-out prompts greedily")
+    greedy: bool = Field(
+        True, description="also answer the held-out prompts greedily; suites: answer greedily instead of sampling"
+    )
     use_cache: bool = Field(
         True, description="keep answers under <output_dir>/cache and reuse those of the same weights"
     )
     histories: dict[str, str] = Field(default={}, description="runs whose training curves are shown: {title: run}")
     judges: Judges = Field((), description="further judges of the held-out answers, beside gold or reward model")
     title: str = Field("Evaluation report", description="heading of the report")
+
+    @field_validator("suites", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _models_have_weights(self) -> EvaluateConfig:
@@ -97,18 +110,30 @@ class EvaluateConfig(Config):
             idle["generation.merge_adapter"] = f"run.dtype is {self.run.dtype}, and only fp32 weights are merged"
         if self.model.load_in_4bit:
             idle["generation.merge_adapter"] = "model.load_in_4bit is true, and 4-bit weights take no adapter in"
-        return idle | self._idle_with_data()
+        return idle | (self._idle_with_suites() if self.suites else self._idle_with_data())
+
+    def _idle_with_suites(self) -> dict[str, str]:
+        """Suites bring their questions along, and no training is shown."""
+        reason = "`suites` names what is asked"
+        idle = dict.fromkeys(["suite", "num_reward_pairs", "histories", "judges"], reason)
+        idle |= {f"data.{name}": reason for name in PromptDataConfig.model_fields if name != "system_prompt"}
+        if self.greedy:
+            why = "suites are answered greedily (greedy=false samples)"
+            idle |= dict.fromkeys(["generation.temperature", "generation.top_p", "generation.top_k"], why)
+        if self.baseline is not None:
+            idle["reference"] = "`baseline` names what the models are compared with"
+        return idle
 
     def _idle_with_data(self) -> dict[str, str]:
         """The built-in world is asked through `suite`, other data through `data`."""
+        idle = dict.fromkeys(["max_items", "baseline"], "`suites` is empty")
         if self.data.is_tinychat:
             reason = "the prompts of the built-in world are chosen in `suite`; name data.train_files or data.name"
             names = ["max_samples", "max_validation_samples", "max_prompt_length", "split_seed", "families"]
-            return dict.fromkeys(
-                [f"data.{name}" for name in [*names, "validation_files", "validation_fraction"]], reason
-            )
+            names += ["validation_files", "validation_fraction"]
+            return idle | dict.fromkeys([f"data.{name}" for name in names], reason)
         names = ["suite.num_ood", "suite.num_probes", "suite.seed"]
-        idle = dict.fromkeys(names, "the data are not the built-in world")
+        idle |= dict.fromkeys(names, "the data are not the built-in world")
         if self.data.has_validation:
             idle["data.max_samples"] = "the prompts are those of the validation side"
         else:
@@ -124,7 +149,7 @@ class Parts:
     pairs: list[PreferenceExample]
     models: dict[str, LoadedPolicy]
     reward: RewardModel | None
-    learned: LearnedReward | None
+    scorer: RewardModel | ClassifierReward | None
     judges: list[Judge]
 
 
@@ -176,13 +201,8 @@ def prepare(config: EvaluateConfig, device: torch.device, rejected_rows: Path) -
     models = {name: shelf.load(source) for name, source in config.models.items()}
     backbone = next(iter(models.values())).backbone
     encoder = ChatEncoder(backbone.tokenizer, config.data.system_prompt)
-    reward, learned = None, None
-    if config.reward_model is not None:
-        loaded = load_reward_model(
-            locate(config.reward_model, config.run.output_dir, REWARD_MODEL), backbone, config.run.dtype
-        )
-        learned = LearnedReward(loaded, backbone.tokenizer, config.data.system_prompt)
-        reward = loaded if isinstance(loaded, RewardModel) else None
+    scorer = load_scorer(config, backbone)
+    reward = scorer if isinstance(scorer, RewardModel) else None
     if config.data.is_tinychat:
         prompts = tinychat_suite(config.suite)
     else:
@@ -190,7 +210,16 @@ def prepare(config: EvaluateConfig, device: torch.device, rejected_rows: Path) -
         prompts = prompt_suite((held or data).examples, config.suite.num_heldout)
     pairs = held_out_pairs(config, reward, rejected_rows) if reward is not None and config.num_reward_pairs else []
     judges = build_judges(config.judges, config.run.output_dir, device, config.run.dtype)
-    return Parts(prompts, pairs, models, reward, learned, judges)
+    return Parts(prompts, pairs, models, reward, scorer, judges)
+
+
+def load_scorer(config: EvaluateConfig, backbone: Backbone) -> RewardModel | ClassifierReward | None:
+    """The reward model that scores answers, on the first model's base where it is of the same; None without one."""
+    if config.reward_model is None:
+        return None
+    return load_reward_model(
+        locate(config.reward_model, config.run.output_dir, REWARD_MODEL), backbone, config.run.dtype
+    )
 
 
 def held_out_pairs(config: EvaluateConfig, reward: RewardModel, rejected_rows: Path) -> list[PreferenceExample]:
@@ -229,21 +258,19 @@ def answer(
     loaded = parts.models[name]
     encoder = ChatEncoder(loaded.backbone.tokenizer, config.data.system_prompt)
     generation = config.generation if mode == "sampled" else config.generation.model_copy(update={"temperature": 0.0})
-    prompt_ids = encoder.prompt_ids_batch([prompt.prompt for prompt in prompts])
-    answers = cached_answers(loaded, prompt_ids, generation, encoder, config, run)
-    # As people and rewards read them while PPO trains: without stop strings and what follows those.
-    texts = [
-        text_before_stop(text, generation.stop)
-        for text in encoder.decode_batch([answer.response_ids for answer in answers])
-    ]
-    rewards = [None] * len(answers)
-    if parts.learned is not None:
+    prompt_ids = encoder.prompt_ids_batch([askable(prompt.prompt, encoder) for prompt in prompts])
+    answers = cached_answers(loaded, prompt_ids, generation, encoder, config.run, config.use_cache)
+    texts = texts_of(answers, encoder, generation)
+    rewards: Sequence[float | None] = [None] * len(answers)
+    if parts.scorer is not None:
         columns: Mapping[str, Sequence[Any]] = {
             "prompt_ids": prompt_ids,
             "completion_ids": [answer.response_ids for answer in answers],
             "finished": [answer.finished for answer in answers],
         }
-        rewards = parts.learned([prompt.prompt for prompt in prompts], texts, **columns)
+        # Made for each model: whether its ids are those of the reward model is a matter of both tokenizers.
+        learned = LearnedReward(parts.scorer, loaded.backbone.tokenizer, config.data.system_prompt)
+        rewards = learned([prompt.prompt for prompt in prompts], texts, **columns)
     golds = gold_scores(prompts, texts, _scorer())
     refused = refusal_flags(texts)
     kls = kl_to_reference(name, parts, answers, config) if mode == "sampled" else [None] * len(answers)
@@ -272,42 +299,27 @@ def answer(
     ]
 
 
-def cached_answers(
-    loaded: LoadedPolicy,
-    prompts: Sequence[list[int]],
-    generation: GenerationConfig,
-    encoder: ChatEncoder,
-    config: EvaluateConfig,
-    run: Run,
-) -> list[CachedAnswer]:
-    """Answers to the prompts, in order; those that the cache knows are not sampled again."""
-    seed = derive_seed(config.run.seed, "evaluation")
-    cache = None
-    if config.use_cache:
-        folder = config.run.output_dir / "cache"
-        cache = ResponseCache(folder, weights_hash(loaded.backbone, loaded.adapter), generation, seed)
-    known = {i: found for i, ids in enumerate(prompts) if cache is not None and (found := cache.get(ids)) is not None}
-    missing = [i for i in range(len(prompts)) if i not in known]
-    if missing:
-        sampler = Sampler(Policy(loaded.backbone, loaded.adapter), generation, encoder.stop_token_ids)
-        fresh = answers_of(sampler.sample([prompts[i] for i in missing], seed))
-        if cache is not None:
-            cache.put(fresh)
-        known |= dict(zip(missing, fresh, strict=True))
-    return [known[i] for i in range(len(prompts))]
-
-
 def kl_to_reference(
     name: str, parts: Parts, answers: Sequence[CachedAnswer], config: EvaluateConfig
 ) -> Sequence[float | None]:
-    """Sum over each answer of log pi - log pi_ref (k1, nats); 0 for the reference, None before it in training order."""
+    """Sum over each answer of log pi - log pi_ref (k1, nats); 0 for the reference.
+
+    None for models before it in training order and for those with another tokenizer, whose tokens it does not know.
+    """
     names = list(parts.models)
-    reference_name = config.reference or ("sft" if "sft" in names else names[0])
-    if names.index(name) < names.index(reference_name):
-        return [None] * len(answers)
+    reference_name = reference_of(config)
     loaded = parts.models[reference_name]
+    ids_mean_the_same = same_tokenizer(loaded.backbone.tokenizer, parts.models[name].backbone.tokenizer)
+    if names.index(name) < names.index(reference_name) or not ids_mean_the_same:
+        return [None] * len(answers)
     sums = reference_sums(Reference(loaded.backbone, loaded.adapter), answers, config.generation.temperature)
     return [given.logprob - total for given, total in zip(answers, sums, strict=True)]
+
+
+def reference_of(config: EvaluateConfig) -> str:
+    """Name of the model that the others are compared with."""
+    names = list(config.models)
+    return config.reference or ("sft" if "sft" in names else names[0])
 
 
 def reference_sums(reference: Reference, answers: Sequence[CachedAnswer], temperature: float) -> list[float]:

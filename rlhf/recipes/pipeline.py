@@ -82,7 +82,7 @@ class PipelineConfig(Config):
             update[name] = stage.model_copy(update=changes)
         models = ["base", "sft", *(name for name in ("dpo", "ppo") if name in update)]
         update["evaluate"] = update["evaluate"].model_copy(
-            update={"models": dict.fromkeys(models, ""), "reward_model": "reward"}
+            update={"models": dict.fromkeys(models, ""), "reward_model": "reward", "suites": ()}
         )
         if "backbone" not in given_keys(self.reward):
             update["reward"] = update["reward"].model_copy(update={"backbone": "sft"})
@@ -101,6 +101,8 @@ class PipelineConfig(Config):
         if self.pretrain is not None:
             idle["sft.model.name_or_path"] = "`pretrain` makes the base model"
         idle |= dict.fromkeys(["dpo.policy", "ppo.policy"], "the SFT stage makes the policy")
+        reason = "a pipeline ends with the full report; run `rlhf eval` on its stages for suites"
+        idle |= dict.fromkeys(["evaluate.suites", "evaluate.max_items", "evaluate.baseline"], reason)
         compared = ["evaluate.models", "evaluate.reward_model", "evaluate.histories"]
         return idle | dict.fromkeys(compared, "it compares the stages of the pipeline") | self._idle_adapter_keys()
 

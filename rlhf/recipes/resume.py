@@ -10,7 +10,7 @@ from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.infra.run_folder import CONFIG, read_run_info
 from rlhf.recipes.dpo import DPOConfig, run_dpo
-from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
+from rlhf.recipes.evaluate import EvaluateConfig
 from rlhf.recipes.grpo import run_grpo
 from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.judge_compare import CompareConfig, run_compare
@@ -25,6 +25,7 @@ from rlhf.recipes.prm_label import run_prm_label
 from rlhf.recipes.prm_label_config import StepLabelConfig
 from rlhf.recipes.reward import RewardConfig, run_reward
 from rlhf.recipes.sft import SFTConfig, run_sft
+from rlhf.recipes.suites import run_eval
 
 CONFIGS: dict[str, type[Config]] = {
     "pretrain": PretrainConfig,
@@ -90,4 +91,4 @@ def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -
         return run_compare(anew)[0]
     if isinstance(anew, ValidateConfig):
         return run_validate(anew)[0]
-    return run_evaluation(anew)[0]
+    return run_eval(anew)[0]

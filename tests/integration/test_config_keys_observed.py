@@ -18,7 +18,7 @@ import datasets
 import pytest
 import torch
 from chat_server import TellTale, serving
-from config_keys import CASES, Case, Changes, Fails, Refused, keys_of, overrides, stage_keys
+from config_keys import CASES, SUITES, Case, Changes, Fails, Refused, keys_of, overrides, stage_keys
 from tiny_backbones import END, PAD, UNKNOWN, WORDS, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -28,7 +28,6 @@ from rlhf.infra.config import Config, load_config
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.recipes.dpo import run_dpo
-from rlhf.recipes.evaluate import run_evaluation
 from rlhf.recipes.grpo import run_grpo
 from rlhf.recipes.judge_compare import run_compare
 from rlhf.recipes.judge_validate import run_validate
@@ -42,6 +41,7 @@ from rlhf.recipes.prm_label import run_prm_label
 from rlhf.recipes.resume import CONFIGS
 from rlhf.recipes.reward import run_reward
 from rlhf.recipes.sft import run_sft
+from rlhf.recipes.suites import run_eval
 
 RUNNERS: dict[str, Callable[..., Any]] = {
     "pretrain": run_pretrain,
@@ -53,7 +53,7 @@ RUNNERS: dict[str, Callable[..., Any]] = {
     "kto": run_kto,
     "ppo": run_ppo,
     "grpo": run_grpo,
-    "eval": run_evaluation,
+    "eval": run_eval,
     "judge_compare": run_compare,
     "judge_validate": run_validate,
 }
@@ -91,6 +91,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, objec
         texts = [*overrides(recipe, Changes(""), made), f"run.name={name}", f"run.seed={seed}"]
         RUNNERS[recipe](load_config(CONFIGS[recipe], overrides=texts))
         found[name] = folder / name
+    made = {"runs": folder, **found}
+    texts = [
+        *overrides("eval", Changes("", SUITES), made),
+        "run.name=measured",
+        "models={base: " + str(found["base"]) + "}",
+    ]
+    RUNNERS["eval"](load_config(CONFIGS["eval"], overrides=texts))
+    found["measured"] = folder / "measured"
     with serving(TellTale()) as server, pytest.MonkeyPatch.context() as patch:
         patch.delenv("OPENAI_API_KEY", raising=False)
         patch.setenv("RLHF_TEST_KEY", "sk-of-the-tests")

@@ -123,6 +123,8 @@ TARGET = "{{name: target_string, arguments: {{text: red}}}}"
 LENGTH = "{{name: length_penalty, arguments: {{target_words: 2}}}}"
 RULES_ONLY, TWO_RULES = (f"rewards=[{TARGET}]",), (f"rewards=[{TARGET}, {LENGTH}]",)
 SMALL_WORLD = (*TINYCHAT, "suite.num_ood=1", "suite.num_probes=1")
+# Suites bring their questions along: what the other cases say of data and prompts is taken back.
+SUITES = ("data.train_files=null", "suite.num_heldout=null", "suites=[preferences:{more}]")
 MODEL_REWARD = ("rewards=[{{name: model}}]", "reward_model={reward}")
 READS_NO_ROWS = ("judge_compare", "judge_validate")  # of the `data` section that SHARED names
 LENGTH_JUDGE, COLUMN_JUDGE = ("judges=[{{kind: length}}]",), ("judges=[{{kind: column, column: finished}}]",)
@@ -490,9 +492,19 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
     EvaluateConfig: {
         "judges": [Changes("[{{kind: length}}]")],
         "models": [Changes("{{base: {other}}}"), Changes("{{third: {other}}}")],
-        "reference": [Changes("tuned"), Refused("nobody", IDLE)],
+        "reference": [
+            Changes("tuned"), Refused("nobody", IDLE), Refused("tuned", IDLE, (*SUITES, "baseline={measured}")),
+        ],
         "reward_model": [Changes("{reward}")],
         "num_reward_pairs": [Refused("1", IDLE)],
+        "suites": [
+            Changes("[preferences:{pairs}]", SUITES),
+            Fails("[nowhere.jsonl]", "no suite", SUITES),
+        ],
+        "max_items": [Changes("5", SUITES), Refused("5", IDLE)],
+        "baseline": [
+            Changes("{measured}", SUITES), Fails("nobody", "there is none", SUITES), Refused("{measured}", IDLE),
+        ],
         "greedy": [Changes("false")],
         "use_cache": [Changes("false")],
         "histories": [Changes("{{curve: {policy}}}")],
@@ -655,6 +667,10 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
         "data.max_prompt_length": [Changes("3", UNVALIDATED), Refused("7", IDLE, TINYCHAT)],
         "data.families": [Refused("[facts]", IDLE), Refused("[facts]", IDLE, TINYCHAT)],
         "data.split_seed": [Changes("1"), Refused("1", IDLE, TINYCHAT)],
+        "generation.temperature": [Changes("0.7"), Refused("0.7", IDLE, SUITES)],
+        "suite.num_heldout": [
+            Changes("4", ("data.validation_fraction=0.5",)), Refused("4", IDLE, SUITES),
+        ],
         "num_reward_pairs": [
             Changes("1", ("reward_model={reward}", "data.validation_fraction=0.5")),
             Refused("1", IDLE),
