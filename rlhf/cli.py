@@ -95,6 +95,22 @@ def prm_label(config: ConfigOption = None, overrides: Overrides = None) -> None:
         typer.echo(f"labels: {run.folder / LABELS}")
 
 
+@app.command("rm-report")
+def rm_report(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Measure a reward model: accuracy, calibration, biases, bad answers; writes a report and a model card."""
+    from rlhf.eval.reward_card import CARD_FILE, REPORT_FILE
+    from rlhf.eval.reward_report import percent, worries
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.reward_report import RewardReportConfig, run_reward_report
+
+    run, report = run_reward_report(load_config(RewardReportConfig, config, overrides or ()))
+    typer.echo(f"accuracy {percent(report.accuracy.accuracy)} on {report.accuracy.num_pairs} pairs")
+    for sentence in worries(report):
+        typer.echo(f"note: {sentence}")
+    _say(run)
+    typer.echo(f"report: {run.folder / REPORT_FILE}; model card: {run.folder / CARD_FILE}")
+
+
 @app.command()
 def dpo(config: ConfigOption = None, overrides: Overrides = None) -> None:
     """Preference pairs without a reward model: DPO, IPO, SimPO, ORPO and their kin, by loss=NAME."""

@@ -24,6 +24,7 @@ from rlhf.recipes.prm import ProcessRewardConfig, run_prm
 from rlhf.recipes.prm_label import run_prm_label
 from rlhf.recipes.prm_label_config import StepLabelConfig
 from rlhf.recipes.reward import RewardConfig, run_reward
+from rlhf.recipes.reward_report import RewardReportConfig, run_reward_report
 from rlhf.recipes.sft import SFTConfig, run_sft
 from rlhf.recipes.suites import run_eval
 
@@ -31,6 +32,7 @@ CONFIGS: dict[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "sft": SFTConfig,
     "reward": RewardConfig,
+    "rm-report": RewardReportConfig,
     "prm": ProcessRewardConfig,
     "prm_label": StepLabelConfig,
     "dpo": DPOConfig,
@@ -85,10 +87,12 @@ def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -
         return run_grpo(config, folder)
     # Evaluating and judging have no half-way state but the answers and replies in the cache.
     again = {"overwrite": True, "name": folder.name, "output_dir": folder.parent}
-    assert isinstance(config, EvaluateConfig | CompareConfig | ValidateConfig)
+    assert isinstance(config, EvaluateConfig | RewardReportConfig | CompareConfig | ValidateConfig)
     anew = config.model_copy(update={"run": config.run.model_copy(update=again)})
     if isinstance(anew, CompareConfig):
         return run_compare(anew)[0]
     if isinstance(anew, ValidateConfig):
         return run_validate(anew)[0]
+    if isinstance(anew, RewardReportConfig):
+        return run_reward_report(anew)[0]
     return run_eval(anew)[0]

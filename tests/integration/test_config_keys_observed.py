@@ -40,6 +40,7 @@ from rlhf.recipes.prm import run_prm
 from rlhf.recipes.prm_label import run_prm_label
 from rlhf.recipes.resume import CONFIGS
 from rlhf.recipes.reward import run_reward
+from rlhf.recipes.reward_report import run_reward_report
 from rlhf.recipes.sft import run_sft
 from rlhf.recipes.suites import run_eval
 
@@ -47,6 +48,7 @@ RUNNERS: dict[str, Callable[..., Any]] = {
     "pretrain": run_pretrain,
     "sft": run_sft,
     "reward": run_reward,
+    "rm-report": run_reward_report,
     "prm": run_prm,
     "prm_label": run_prm_label,
     "dpo": run_dpo,
@@ -263,6 +265,7 @@ def timeless(path: Path, folder: Path) -> str:
     """Text without the folder's name and without what was measured in time or memory."""
     text = path.read_text(encoding="utf-8", errors="replace").replace(str(folder), "")
     text = re.sub(r'"(seconds|ms_per_sample|milliseconds\w*|peak_memory_mb|\w*_ms_\w*)": [0-9.e+-]+', r'"\1": 0', text)
+    text = re.sub(r"(Time per sample, ms \|) [0-9.]+", r"\1 0", text)
     return re.sub(r"[0-9.]+ (ms|s|MB|MiB)\b", r"0 \1", text)
 
 

@@ -42,6 +42,7 @@ def results(folder: Path) -> dict[tuple[str, str], Any]:
     return {(row["model"], row["suite"]): row for row in content["results"]}
 
 
+@pytest.mark.slow
 def test_two_equal_models_are_equal_and_everything_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = "suites=[tinychat_regression, tinychat_choices, tinychat_mmlu, reasoning, harmlessness]"
     models = "models={sft: tinychat, ppo: tinychat}"
@@ -63,6 +64,7 @@ def test_two_equal_models_are_equal_and_everything_is_kept(tmp_path: Path, capsy
     assert "tinychat_choices" in shown.out and "cut off; raise generation.max_new_tokens" in shown.out
 
 
+@pytest.mark.slow
 def test_what_got_worse_fails_loudly(tmp_path: Path, broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = f"models={{before: tinychat, after: {broken}}}"
     given = ["run.name=a", f"run.output_dir={tmp_path}", "suites=tinychat_regression", models, *SMALL]
@@ -76,6 +78,7 @@ def test_what_got_worse_fails_loudly(tmp_path: Path, broken: Path, capsys: pytes
     assert rlhf("eval", "run.name=b", *given[1:3], models, *SMALL) == 0
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_a_baseline(tmp_path: Path, broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place, guard = f"run.output_dir={tmp_path}", "suites=tinychat_regression"
     assert rlhf("eval", "run.name=before", place, guard, "models={base: tinychat}", *SMALL) == 0
@@ -136,6 +139,7 @@ def raw_model(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_without_a_template_is_asked_in_plain_text(
     tmp_path: Path, raw_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +151,7 @@ def test_a_model_without_a_template_is_asked_in_plain_text(
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_the_full_report_takes_models_of_different_tokenizers(
     tmp_path: Path, raw_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,7 @@ from rlhf.recipes.prm import ProcessRewardConfig
 from rlhf.recipes.prm_label_config import SamplingSettings, StepLabelConfig
 from rlhf.recipes.resume import CONFIGS
 from rlhf.recipes.reward import RewardConfig
+from rlhf.recipes.reward_report import RewardReportConfig
 from rlhf.recipes.sft import SFTConfig
 from rlhf.recipes.supervised import TrainingConfig
 from rlhf.rewards.protocol import RewardTermConfig
@@ -93,6 +94,7 @@ BASE = {
             "optimizer.learning_rate=0.01"],
     "reward": ["backbone={base}", "data.min_length=1", "training.per_device_train_batch_size=6",
                "optimizer.learning_rate=0.01"],
+    "rm-report": ["reward_model={reward}", "data.min_length=1", "num_pairs=20", "num_planted=6"],
     "prm": ["backbone={base}", "data.train_files={steps}", "data.separator=is",
             "training.per_device_train_batch_size=6", "optimizer.learning_rate=0.01"],
     "prm_label": ["policy={base}", "rewards=[{{name: target_string, arguments: {{text: red}}}}]",
@@ -489,6 +491,13 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "max_pairs": [Changes("3")],
         "title": [Changes("Another title")],
     },
+    RewardReportConfig: {
+        "reward_model": [Changes("{other_reward}"), Fails("nobody", "nobody")],
+        "num_pairs": [Changes("5")],
+        "num_planted": [Changes("3")],
+        "num_disagreements": [Changes("0", TINYCHAT)],
+        "world_seed": [Changes("1", TINYCHAT), Refused("1", IDLE)],
+    },
     EvaluateConfig: {
         "judges": [Changes("[{{kind: length}}]")],
         "models": [Changes("{{base: {other}}}"), Changes("{{third: {other}}}")],
@@ -565,6 +574,21 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
                 ("use_rslora", "true", "frozen"),
             ]
         },
+    },
+    "rm-report": {
+        **{f"run.{name}": [Refused("1", IDLE)] for name in ("max_minutes", "save_every_steps", "keep_checkpoints")},
+        "data.name": [
+            Changes("toy/hub", TINYCHAT),
+            Fails("no/where", "no/where", TINYCHAT),
+            Refused("no/where", IDLE),
+        ],
+        "data.split_seed": [
+            Changes("1", (".validation_fraction=0.5",)), Refused("1", IDLE), Refused("1", IDLE, TINYCHAT),
+        ],
+        "data.max_samples": [
+            Changes("5"), Refused("5", IDLE, (".validation_fraction=0.5",)), Refused("5", IDLE, TINYCHAT),
+        ],
+        "data.max_validation_samples": [Changes("3", (".validation_fraction=0.5",)), Refused("3", IDLE)],
     },
     "prm": {
         "training.max_tokens_per_micro_batch": [Changes("20")],

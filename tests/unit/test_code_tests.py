@@ -70,7 +70,7 @@ def test_right_code_passes(sandbox: Sandbox, code: str, test: str) -> None:
         ("def g(x): return 2", "KeyError"),
         ("def f(x): return 1 / 0", "ZeroDivisionError"),
         ("def f(x): import socket", "ModuleNotFoundError"),
-        ("def f(x):\n  while True: pass", "timeout"),
+        pytest.param("def f(x):\n  while True: pass", "timeout", marks=pytest.mark.slow),
         ("def f(x): return object()", "no plain data"),
         ("def f(): return 2", "TypeError"),
         ("def f(x): return '2'", "AssertionError"),
@@ -118,7 +118,13 @@ FORGERIES = {
 }
 
 
-@pytest.mark.parametrize("code", FORGERIES.values(), ids=FORGERIES.keys())
+QUICK = ("equals everything", "exits with code 0", "writes to every descriptor", "replaces _call_by_name")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [pytest.param(code, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, code in FORGERIES.items()],
+)
 def test_a_verdict_cannot_be_forged(sandbox: Sandbox, code: str) -> None:
     found = report(sandbox, code, "assert f(1) == 2 and isinstance(f(1), int)")
     assert not found.passed, found
@@ -135,12 +141,14 @@ def test_tests_that_need_the_codes_classes_run_with_it_and_are_counted(sandbox: 
     assert report(sandbox, "def f(p): return 3", "assert f(Pair(1, 2)) == 3").num_passed == 0
 
 
+@pytest.mark.slow
 def test_a_call_that_never_ends_takes_no_other_along(sandbox: Sandbox) -> None:
     code = "def f(x):\n  while x == 2: pass\n  return x"
     found = report(sandbox, code, "assert f(1) == 1", "assert f(2) == 2", "assert f(3) == 3")
     assert (found.num_passed, found.num_tests) == (2, 3)
 
 
+@pytest.mark.slow
 def test_programs_do_not_see_each_other(sandbox: Sandbox) -> None:
     programs = [Program(f"def f(x): return x + {n}", ("f",), (f"assert f(1) == {n + 1}",)) for n in range(4)]
     spoiler = Program(
@@ -150,6 +158,7 @@ def test_programs_do_not_see_each_other(sandbox: Sandbox) -> None:
     assert [one.passed for one in run_tests([*programs, spoiler, honest], sandbox)] == [True] * 4 + [False, True]
 
 
+@pytest.mark.slow
 def test_too_many_calls_are_given_up(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf.eval.code_tests.MAX_CALLS", 5)
     assert report(sandbox, "def f(x): return x", "for x in range(5): assert f(x) == x").passed
@@ -194,6 +203,7 @@ def test_a_value_that_is_no_data_is_refused() -> None:
     assert unpack(["y", "int"]) is int and unpack(["y", "eval"]) is None
 
 
+@pytest.mark.slow
 def test_the_official_fixture_of_humaneval_has_its_known_score(shared_data: Path) -> None:
     """Its samples read a file, sleep, ask for input and are right three times: pass@1 is one half."""
     folder = shared_data / "humaneval"
@@ -217,6 +227,7 @@ def reference_solutions(shared_data: Path, count: int) -> tuple[list[Program], i
     return programs[:count], len(programs)
 
 
+@pytest.mark.slow
 def test_mbpps_own_solutions_pass(sandbox: Sandbox, shared_data: Path) -> None:
     programs, num = reference_solutions(shared_data, 40)
     assert num == 474

@@ -76,6 +76,7 @@ def test_every_harmful_request_has_a_benign_look_alike() -> None:
         assert harmful["contrast"] == benign["contrast"]
 
 
+@pytest.mark.slow
 def test_code_tasks_pass_with_their_solution_and_fail_without() -> None:
     rows = rows_of("code")
     assert len(rows) == 40
@@ -101,6 +102,7 @@ def test_twenty_prompts_must_not_get_worse() -> None:
     assert {groups.count(group) for group in groups} == {5}
 
 
+@pytest.mark.slow
 def test_the_built_in_worlds_suites_score_its_own_answers_right() -> None:
     from rlhf.data.tinychat import Task
     from rlhf.data.tinychat.functions import SHAPES
@@ -136,6 +138,7 @@ def test_fewer_items_are_the_same_ones_for_everybody() -> None:
 # ------------------------------------------------------------------ published files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "name", "num", "scorer"),
     [
@@ -168,6 +171,7 @@ def test_what_is_read_from_published_files(shared_data: Path) -> None:
     assert all(len(item.choices) == 2 and item.spec["answer"] == 0 for item in pairs.items)
 
 
+@pytest.mark.slow
 def test_gsm8ks_own_solutions_are_read_right(shared_data: Path) -> None:
     suite = load_suite(str(shared_data / "gsm8k" / "train.jsonl.gz"))
     with gzip.open(shared_data / "gsm8k" / "train.jsonl.gz", "rt", encoding="utf-8") as file:
