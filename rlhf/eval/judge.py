@@ -40,13 +40,15 @@ class Judgement:
     """What a judge said of a pair: its preference for the first answer when that stood in front, and when it did not.
 
     1 is better, 0.5 alike, 0 worse, and None is no verdict that could be read. `replies` are the judge's words for
-    either order. `is_asked` is False where nothing was asked because the answers are the same text.
+    either order. `is_asked` is False where nothing was asked because the answers are the same text. `scores` are those
+    of the first and the second answer, where the judge scores one at a time.
     """
 
     in_front: float | None
     behind: float | None
     replies: tuple[str, str] = ("", "")
     is_asked: bool = True
+    scores: tuple[float | None, float | None] | None = field(default=None, compare=False)
 
     @property
     def is_whole(self) -> bool:
@@ -130,10 +132,10 @@ class ScoreJudge:
 
     def _judgement(self, first: float | None, second: float | None) -> Judgement:
         if first is None or second is None:
-            return Judgement(None, None)
+            return Judgement(None, None, scores=(first, second))
         gap = first - second
         preference = 0.5 if abs(gap) <= self.tie_margin else float(gap > 0)
-        return Judgement(preference, preference)
+        return Judgement(preference, preference, scores=(first, second))
 
 
 class PairFunctionJudge:

@@ -22,7 +22,7 @@ _FORMAT = 1
 
 
 def write_judgements(path: Path, comparisons: Sequence[JudgedModels], rule: str = "averaged") -> None:
-    """One line per judge and pair, with the judge's words; `preference` joins both orders by `rule`."""
+    """One line per judge and pair, with the judge's words or scores; `preference` joins both orders by `rule`."""
     lines = []
     for models, one in [(both, judged) for both in comparisons for judged in both.judged]:
         for pair, judgement in zip(one.pairs, one.judgements, strict=True):
@@ -39,8 +39,8 @@ def write_judgements(path: Path, comparisons: Sequence[JudgedModels], rule: str 
                 "preference": RULES[rule](judgement),
                 "in_front": judgement.in_front,
                 "behind": judgement.behind,
-                "replies": list(judgement.replies),
             }
+            row |= {"scores": judgement.scores} if judgement.scores is not None else {"replies": judgement.replies}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
 

@@ -132,7 +132,20 @@ def write_data(folder: Path) -> dict[str, object]:
         steps = [words(rng.randint(1, 3)) for _ in labels]
         return {question: prompt or words(rng.randint(2, 6)), "completions": steps, "labels": labels}
 
+    def answer(number: int, prompt: str) -> dict[str, Any]:
+        said = {"prompt": prompt, "response": words(rng.randint(1, 4)), "kind": ("even", "odd")[number % 2]}
+        return {**said, "finished": bool(rng.getrandbits(1)), "refused": bool(rng.getrandbits(1))}
+
+    def labelled() -> dict[str, Any]:
+        answers = {"output_1": words(rng.randint(1, 4)), "output_2": words(rng.randint(1, 4))}
+        return {"input": words(3), **answers, "label": rng.choice([1, 2]), "finished": True}
+
+    asked = [words(3) for _ in range(8)]
     rows = {
+        "answers": [answer(*one) for one in enumerate(asked)],
+        "other_answers": [answer(*one) for one in enumerate(asked)],
+        "labelled": [labelled() for _ in range(8)],
+        "more_labelled": [labelled() for _ in range(8)],
         "steps": [solution() for _ in range(24)],
         "more_steps": [solution() for _ in range(24)],
         "renamed_steps": [solution("question") for _ in range(24)],
@@ -150,6 +163,9 @@ def write_data(folder: Path) -> dict[str, object]:
     for split in ("train", "validation", "test"):
         write_rows(folder / "splits" / f"{split}.jsonl", [pair() for _ in range(24)])
         write_rows(folder / "step_splits" / f"{split}.jsonl", [solution() for _ in range(24)])
+    (folder / "mine.py").write_text(FUNCTIONS, encoding="utf-8")
+    (folder / "instructions.txt").write_text("Say [[A]], [[B]] or [[C]].", encoding="utf-8")
+    files |= {"functions": folder / "mine.py", "instructions": folder / "instructions.txt"}
     return {**files, "splits": folder / "splits", "step_splits": folder / "step_splits"}
 
 

@@ -532,16 +532,15 @@ ONLINE: dict[str, list[Case]] = {
         Refused("false", IDLE, ("model.load_in_4bit=true",)),
     ],
 }
+OF_JUDGES: dict[str, list[Case]] = {
+    "run.dtype": [Changes("bf16", REWARD_JUDGE)],
+    "run.save_every_steps": [Refused("1", IDLE)],
+    "run.keep_checkpoints": [Refused("1", IDLE)],
+}
 # Where one recipe differs from the others that have the section.
 IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
-    **{
-        recipe: {
-            "run.dtype": [Changes("bf16", REWARD_JUDGE)],
-            "run.save_every_steps": [Refused("1", IDLE)],
-            "run.keep_checkpoints": [Refused("1", IDLE)],
-        }
-        for recipe in READS_NO_ROWS
-    },
+    "judge_compare": OF_JUDGES,
+    "judge_validate": OF_JUDGES | {"judges.0.column": [Fails("refused", "no column 'refused'", COLUMN_JUDGE)]},
     "pretrain": {
         "data.system_prompt": [Refused("big", IDLE)],
         "data.overlong": [Refused("truncate_prompt", IDLE)],

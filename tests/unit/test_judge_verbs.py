@@ -92,6 +92,7 @@ def test_two_files_before_several_judges(
     folder = tmp_path / "runs" / "run"
     rows = [json.loads(line) for line in (folder / "judgements.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 36 and rows[0]["replies"][0].endswith("[[A]]")
+    assert rows[12]["scores"] == [len(rows[12]["first"]), len(rows[12]["second"])]
     report = (folder / "JUDGE_REPORT.md").read_text(encoding="utf-8")
     assert "12 pairs of answers to 12 prompts. 1 prompts have an answer of one of them only." in report
     assert "24 requests sent" in report
