@@ -193,13 +193,13 @@ def column_score(name: str) -> ScoreFunction:
     return score
 
 
-def panel(name: str, judges: Sequence[Sequence[Judgement]]) -> tuple[str, list[Judgement]]:
+def panel(judges: Sequence[Sequence[Judgement]]) -> list[Judgement]:
     """Several judges as one: the mean of their preferences in either order, no verdict where one of them has none."""
     joined = []
     for of_pair in zip(*judges, strict=True):
         fronts, backs = [one.in_front for one in of_pair], [one.behind for one in of_pair]
         joined.append(Judgement(_mean(fronts), _mean(backs), is_asked=any(one.is_asked for one in of_pair)))
-    return name, joined
+    return joined
 
 
 def distinct_names(names: Iterable[str]) -> list[str]:

@@ -8,6 +8,7 @@ from rlhf.eval.intervals import Interval
 from rlhf.eval.judge_figures import Accuracy, Agreement, Duel, JudgeLine
 from rlhf.eval.report_data import Report
 from rlhf.eval.tables import Cell, Table, cell, p_value
+from rlhf.eval.winrate import WinRate
 
 _RULES = {
     "averaged": "Both orders are averaged.",
@@ -28,16 +29,16 @@ def wins_by_judge(lines: Sequence[JudgeLine], rule: str = "averaged") -> Table:
     rows = []
     for line in lines:
         win, unjudged = line.win, Cell(str(line.behaviour.num_unparsable))
-        cells = (Cell(), Cell(), Cell(), Cell(), unjudged)
+        cells = (Cell(), Cell(), Cell(), Cell(), Cell(), unjudged)
         if win is not None:
             counts = Cell(f"{win.wins} / {win.ties} / {win.losses}")
-            rates = cell(win.rate, 1, 100), cell(win.length_controlled, 1, 100)
+            rates = cell(win.rate, 1, 100), wilson_bounds(win), cell(win.length_controlled, 1, 100)
             cells = (*rates, counts, p_value(win.p_value), unjudged)
         rows.append((_label(line, lines), cells))
-    columns = ("", "Win-rate, %", "At equal length, %", "Wins / ties / losses", "p", "No verdict")
+    columns = ("", "Win-rate, %", "Wilson", "At equal length, %", "Wins / ties / losses", "p", "No verdict")
     caption = (
-        f"{_RULES[rule]} Ties count one half, pairs without a verdict not at all. 95 % bootstrap intervals over "
-        "prompts; p by a sign test over prompts."
+        f"{_RULES[rule]} Ties count one half, pairs without a verdict not at all. 95 % intervals over prompts, "
+        "bootstrapped and Wilson's; p by a sign test over prompts."
     )
     title = f"Win-rate of {lines[0].first} against {lines[0].second}" if _is_single(lines) else "Win-rates by judge"
     return Table(title, columns, tuple(rows), caption, one_line=True)
@@ -139,6 +140,11 @@ def duels_of(duels: Sequence[Duel]) -> Table:
     columns = ("", "Agreement, points", "p, paired bootstrap", "p, McNemar", "Pairs")
     caption = "On pairs on which both have a verdict. McNemar's test is about being right in both orders."
     return Table("Judges against each other", columns, tuple(rows), caption, one_line=True)
+
+
+def wilson_bounds(win: WinRate, places: int = 1) -> Cell:
+    """Wilson's interval of a win-rate, in percent, without the rate."""
+    return Cell(f"{100 * win.wilson.low:.{places}f} to {100 * win.wilson.high:.{places}f}")
 
 
 def _is_single(lines: Sequence[JudgeLine]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf.eval.intervals import Interval, mean_interval
+from rlhf.eval.intervals import Interval, mean_interval, wilson
 from rlhf.eval.length_control import length_controlled
 from rlhf.eval.samples import Sample
 from rlhf.eval.significance import sign_test
@@ -30,9 +30,10 @@ class Comparison:
 class WinRate:
     """How often `first` beats `second`.
 
-    `rate` is the mean over prompts of (wins + ties / 2) / comparisons with its 95 % bootstrap interval over prompts.
-    `wins`, `ties` and `losses` count comparisons from the first model's side; `num_unpaired` counts prompts that only
-    one of the two answered or whose answers the judge gave no score. `length_controlled` is the rate at equal length
+    `rate` is the mean over prompts of (wins + ties / 2) / comparisons with its 95 % bootstrap interval over prompts,
+    `wilson` the same with Wilson's interval, which does not shrink to a point where every prompt is won. `wins`, `ties`
+    and `losses` count comparisons from the first model's side; `num_unpaired` counts prompts that only one of the two
+    answered or whose answers the judge gave no score. `length_controlled` is the rate at equal length
     (see `length_control`), `p_value` that of a sign test over prompts.
     """
 
@@ -43,6 +44,7 @@ class WinRate:
     ties: int
     losses: int
     rate: Interval
+    wilson: Interval
     num_unpaired: int
     length_controlled: Interval
     p_value: float
@@ -123,6 +125,7 @@ def win_rate(
         ties=sum(one.preference == 0.5 for one in comparisons),
         losses=sum(one.preference < 0.5 for one in comparisons),
         rate=mean_interval(preferences, seed),
+        wilson=wilson(float(preferences.sum()), len(preferences)),
         num_unpaired=num_unpaired,
         length_controlled=length_controlled(preferences, *lengths, seed=seed).rate,
         p_value=sign_test(int((preferences > 0.5).sum()), int((preferences < 0.5).sum())),

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from rlhf.data.comparison_rows import AnswerRow, read_answers
+from rlhf.data.data_config import Names
 from rlhf.data.reading import data_files
 from rlhf.eval.judge import Judge, JudgingStopped, Pair
 from rlhf.eval.judge_figures import Agreement, Judged, JudgedModels, JudgeLine, agreement_over, lines_of
@@ -22,7 +23,15 @@ from rlhf.infra.config import Config
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.infra.run_folder import RUN_INFO
-from rlhf.recipes.judge_pairs import IDLE_RUN_KEYS, cost_notes, judge_all, settings_notes, tokens_of
+from rlhf.recipes.judge_pairs import (
+    IDLE_RUN_KEYS,
+    check_panel,
+    cost_notes,
+    judge_all,
+    settings_notes,
+    tokens_of,
+    with_panel,
+)
 from rlhf.recipes.judging import NO_JUDGE, Judges, build_judges
 from rlhf.recipes.launch import launch
 
@@ -44,6 +53,7 @@ class CompareConfig(Config):
     where: dict[str, str] | None = Field(
         None, description="only rows with these values; null: of an evaluation the sampled answers to held-out prompts"
     )
+    panel: Names = Field((), description="names of judges whose mean is shown as one more, called panel")
     max_pairs: int | None = Field(None, ge=1, description="at most so many pairs, the first ones")
     title: str = Field("Answers compared", description="heading of the report")
 
@@ -105,14 +115,16 @@ def prepare(config: CompareConfig, device: torch.device, rejected_rows: Path) ->
             "both models answer the same prompts, or give their rows the same prompt_id"
         )
     judges = build_judges(config.judges, config.run.output_dir, device, config.run.dtype)
+    check_panel(judges, config.panel)
     return CompareParts(pairs[: config.max_pairs], num_alone, judges)
 
 
 def report(config: CompareConfig, run: Run, parts: CompareParts, judged: Sequence[Judged]) -> JudgeReport:
     """Every number, in tables and files."""
     names, seed = model_names(config.first, config.second), config.run.seed
-    compared = [JudgedModels(*names, judged)]
-    lines, agreement = lines_of(compared, config.rule, seed), agreement_over(compared, config.rule, seed)
+    compared = [JudgedModels(*names, with_panel(judged, config.panel))]
+    agreement = agreement_over([JudgedModels(*names, judged)], config.rule, seed)
+    lines = lines_of(compared, config.rule, seed)
     tables = tables_of(lines, agreement, config.rule)
     write_judgements(run.folder / JUDGEMENTS, compared, config.rule)
     num_prompts = len({pair.prompt_id for pair in parts.pairs})

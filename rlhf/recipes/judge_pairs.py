@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from rlhf.eval.judge import Judge, Pair, Watch
+from rlhf.eval.judge import Judge, Pair, Watch, distinct_names, panel
 from rlhf.eval.judge_figures import Judged
 from rlhf.eval.llm_judge import LLMJudge
+from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run, RunConfig
 
 # A run of judges writes no checkpoints: what is worth keeping is in the cache of replies.
@@ -30,6 +31,25 @@ def judge_all(judges: Sequence[Judge], pairs: Sequence[Pair], run: Run, what: st
         for sentence in _costs(judge):
             run.logger.info(sentence)
     return judged
+
+
+def check_panel(judges: Sequence[Judge], names: Sequence[str]) -> None:
+    """Raise `UserError` where a panel's member is no judge, or it has fewer than two."""
+    there = [judge.name for judge in judges]
+    unknown = next((name for name in names if name not in there), None)
+    if unknown is not None or len(set(names)) == 1:
+        told = f"there is no judge '{unknown}'" if unknown is not None else "one judge alone is no panel"
+        raise UserError(f"panel: {told}; name two or more of: {', '.join(there)}")
+
+
+def with_panel(judged: Sequence[Judged], names: Sequence[str]) -> list[Judged]:
+    """The judges, and after them those of these names as one; without names the judges alone."""
+    members = [one for one in judged if one.judge in names]
+    if not members:
+        return list(judged)
+    title = distinct_names([*(one.judge for one in judged), "panel"])[-1]
+    joined = panel([one.judgements for one in members])
+    return [*judged, Judged(title, judged[0].pairs, joined, any(one.sees_order for one in members))]
 
 
 def tokens_of(judges: Sequence[Judge]) -> int:

@@ -33,7 +33,15 @@ from rlhf.infra.config import Config
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.recipes.judge_compare import JudgeReport
-from rlhf.recipes.judge_pairs import IDLE_RUN_KEYS, cost_notes, judge_all, settings_notes, tokens_of
+from rlhf.recipes.judge_pairs import (
+    IDLE_RUN_KEYS,
+    check_panel,
+    cost_notes,
+    judge_all,
+    settings_notes,
+    tokens_of,
+    with_panel,
+)
 from rlhf.recipes.judging import NO_JUDGE, Judges, build_judges
 from rlhf.recipes.launch import launch
 
@@ -47,6 +55,7 @@ class ValidateConfig(Config):
     rule: Literal["averaged", "agreed"] = Field(
         "averaged", description="two orders become one preference: their mean, or a tie unless they agree"
     )
+    panel: Names = Field((), description="names of judges whose mean is shown as one more, called panel")
     max_pairs: int | None = Field(None, ge=1, description="at most so many pairs of each file, the first ones")
     title: str = Field("Judges measured against people", description="heading of the report")
 
@@ -99,7 +108,9 @@ def prepare(config: ValidateConfig, device: torch.device, rejected_rows: Path) -
     pairs = labelled_pairs(read_comparisons(config.labels, rejected_rows), config.max_pairs)
     if not any(pair.label not in (None, 0.5) for pair in pairs):
         raise UserError(f"no pair in {', '.join(config.labels)} has a label that prefers one answer")
-    return ValidateParts(pairs, build_judges(config.judges, config.run.output_dir, device, config.run.dtype))
+    judges = build_judges(config.judges, config.run.output_dir, device, config.run.dtype)
+    check_panel(judges, config.panel)
+    return ValidateParts(pairs, judges)
 
 
 def labelled_pairs(rows: Sequence[ComparisonRow], max_of_each: int | None = None) -> list[Pair]:
@@ -117,14 +128,15 @@ def labelled_pairs(rows: Sequence[ComparisonRow], max_of_each: int | None = None
 def report(config: ValidateConfig, run: Run, parts: ValidateParts, judged: Sequence[Judged]) -> JudgeReport:
     """Every number, in tables and files."""
     rule, seed = config.rule, config.run.seed
-    accuracies = accuracies_of(judged, rule, seed)
-    lines = [JudgeLine("", "", one.judge, None, behaviour_of(one, seed)) for one in judged]
+    everybody = with_panel(judged, config.panel)
+    accuracies = accuracies_of(everybody, rule, seed)
+    lines = [JudgeLine("", "", one.judge, None, behaviour_of(one, seed)) for one in everybody]
     duels = [found for one, two in combinations(judged, 2) if (found := duel_of(one, two, rule, seed)) is not None]
     agreement = agreement_of(judged, rule, seed)
     tables = [agreement_with_people(accuracies), length_bias(accuracies), behaviour_by_judge(lines)]
     tables += [duels_of(duels)] if duels else []
     tables += [agreement_between(agreement)] if agreement is not None else []
-    write_judgements(run.folder / JUDGEMENTS, [JudgedModels("", "", judged)], rule)
+    write_judgements(run.folder / JUDGEMENTS, [JudgedModels("", "", everybody)], rule)
     groups = list(dict.fromkeys(pair.group for pair in parts.pairs))
     path = write_judge_report(
         run.folder,

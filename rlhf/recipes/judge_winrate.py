@@ -14,6 +14,7 @@ import numpy as np
 from rlhf.data.comparison_rows import ComparisonRow, read_comparisons
 from rlhf.data.rows import prompt_key
 from rlhf.eval.intervals import FloatArray
+from rlhf.eval.judge_tables import wilson_bounds
 from rlhf.eval.length_control import Regulariser, length_controlled
 from rlhf.eval.tables import Cell, Table, cell, p_value
 from rlhf.eval.winrate import Comparison, WinRate, win_rate
@@ -57,6 +58,7 @@ def winrate_table(found: Sequence[StoredWinRate]) -> Table:
         win = one.win
         cells = (
             cell(win.rate, 2, 100),
+            wilson_bounds(win, 2),
             cell(one.standard_error, 2, 100),
             cell(win.length_controlled, 2, 100),
             Cell(f"{one.length_effect:+.2f}"),
@@ -65,11 +67,11 @@ def winrate_table(found: Sequence[StoredWinRate]) -> Table:
             Cell(str(one.num_unjudged)),
         )
         rows.append((win.judge, cells))
-    rates = ("Win-rate, %", "Standard error", "At equal length, %", "Length effect")
+    rates = ("Win-rate, %", "Wilson", "Standard error", "At equal length, %", "Length effect")
     columns = ("", *rates, "Wins / ties / losses", "p", "No verdict")
     caption = (
-        "Ties count one half. 95 % bootstrap intervals over prompts; p by a sign test over prompts. Length effect: "
-        "logits for the longer answer, positive where the judge favours it."
+        "Ties count one half. 95 % intervals over prompts, bootstrapped and Wilson's; p by a sign test over "
+        "prompts. Length effect: logits for the longer answer, positive where the judge favours it."
     )
     title = f"Win-rate of {found[0].win.first} against {found[0].win.second}"
     return Table(title, columns, tuple(rows), caption)

@@ -21,6 +21,7 @@ from rlhf.recipes.stages import REWARD_MODEL, locate
 from rlhf.rewards.learned import LearnedReward
 from rlhf.rewards.protocol import load_function
 
+PLACE = "{prompt}"
 REPLIES = "judge_replies"  # folder in the cache beside the runs
 
 
@@ -55,6 +56,16 @@ class RewardModelJudgeConfig(NamedJudge):
 
     kind: Literal["reward_model"] = Field("reward_model", description="judges by a reward model's score")
     source: str = Field(min_length=1, description="run, folder or hub name of the reward model")
+    prompt_template: str | None = Field(
+        None, description="text form of a question, in which {prompt} stands for it; null: the model's chat template"
+    )
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _holds_the_prompt(cls, value: str | None) -> str | None:
+        if value is not None and PLACE not in value:
+            raise ValueError(f"the question has no place in it; write {PLACE} where it is to stand")
+        return value
 
 
 class FunctionJudgeConfig(NamedJudge):
@@ -162,7 +173,7 @@ def _build(config: JudgeConfig, name: str, output_dir: Path, device: torch.devic
         return ScoreJudge(name, _gold_of_tasks)
     if isinstance(config, RewardModelJudgeConfig):
         model = load_reward_model(locate(config.source, output_dir, REWARD_MODEL), None, dtype)
-        return ScoreJudge(name, _RewardWithinContext(model.to(device)))
+        return ScoreJudge(name, RewardWithinContext(name, model.to(device), config.prompt_template))
     if isinstance(config, FunctionJudgeConfig):
         return ScoreJudge(name, load_function(config.function, "judge"))
     if isinstance(config, PairFunctionJudgeConfig):
@@ -172,10 +183,11 @@ def _build(config: JudgeConfig, name: str, output_dir: Path, device: torch.devic
     return LLMJudge(name, config, folder, config.unparsable_retries, instructions)
 
 
-class _RewardWithinContext:
+class RewardWithinContext:
     """Scores by a reward model; an answer beyond the model's context has no score instead of a wrong one."""
 
-    def __init__(self, model: RewardModel | ClassifierReward) -> None:
+    def __init__(self, name: str, model: RewardModel | ClassifierReward, prompt_template: str | None) -> None:
+        self.name, self.prompt_template = name, prompt_template
         self.learned = LearnedReward(model)
         inner = model.backbone.model if isinstance(model, RewardModel) else model.model
         self.limit: int | None = vars(inner.config).get("max_position_embeddings")
@@ -185,7 +197,8 @@ class _RewardWithinContext:
         self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
     ) -> list[float | None]:
         encoder = self.learned.encoder
-        starts, answers = encoder.prompt_ids_batch(prompts), encoder.response_ids_batch(prompts, completions)
+        asked = [self._asked(prompt) for prompt in prompts]
+        starts, answers = encoder.prompt_ids_batch(asked), encoder.response_ids_batch(asked, completions)
         finished = columns.get("finished", [True] * len(answers))
         # The encoder ends every answer; one that was cut off has not said that it is over.
         rows = [[*s, *(a if done else a[:-1])] for s, a, done in zip(starts, answers, finished, strict=True)]
@@ -195,6 +208,23 @@ class _RewardWithinContext:
             for i, score in zip(fits, self.learned.score_ids([rows[i] for i in fits]).tolist(), strict=True):
                 scores[i] = score
         return scores
+
+    def _asked(self, prompt: Prompt) -> Prompt:
+        """The question as the model is to read it."""
+        if self.prompt_template is None:
+            if isinstance(prompt, str) or self.learned.encoder.tokenizer.chat_template:
+                return prompt
+            raise UserError(
+                f"judge '{self.name}' has no chat template; say what a question looks like to it, for example with "
+                r"prompt_template: '\n\nHuman: {prompt}\n\nAssistant:' in double quotes"
+            )
+        if not isinstance(prompt, str) and [turn["role"] for turn in prompt] != ["user"]:
+            raise UserError(
+                f"judge '{self.name}' has a prompt_template for one question, but a prompt here is a conversation of "
+                f"{len(prompt)} turns; leave prompt_template out and take a model with a chat template"
+            )
+        text = prompt if isinstance(prompt, str) else prompt[0]["content"]
+        return self.prompt_template.replace(PLACE, text)
 
 
 def _gold_of_tasks(prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:

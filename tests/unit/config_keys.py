@@ -130,6 +130,7 @@ SUITES = ("data.train_files=null", "suite.num_heldout=null", "suites=[preference
 MODEL_REWARD = ("rewards=[{{name: model}}]", "reward_model={reward}")
 READS_NO_ROWS = ("judge_compare", "judge_validate")  # of the `data` section that SHARED names
 LENGTH_JUDGE, COLUMN_JUDGE = ("judges=[{{kind: length}}]",), ("judges=[{{kind: column, column: finished}}]",)
+TWO_JUDGES = ("judges=[{{kind: length}}, {{kind: length, prefer: shorter}}]",)
 REWARD_JUDGE = ("judges=[{{kind: reward_model, source: {reward}}}]",)
 FUNCTION_JUDGE = ("judges=[{{kind: function, function: '{functions}:one'}}]",)
 PAIR_JUDGE = ("judges=[{{kind: pair_function, function: '{functions}:leaning'}}]",)
@@ -443,7 +444,13 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
     },
     LengthJudgeConfig: {"prefer": [Changes("shorter", LENGTH_JUDGE)]},
     ColumnJudgeConfig: {"column": [Changes("refused", COLUMN_JUDGE)]},
-    RewardModelJudgeConfig: {"source": [Changes("{other_reward}", REWARD_JUDGE)]},
+    RewardModelJudgeConfig: {
+        "source": [Changes("{other_reward}", REWARD_JUDGE)],
+        "prompt_template": [
+            Changes("red {{prompt}} green", REWARD_JUDGE),
+            Refused("red", "write {prompt} where", REWARD_JUDGE),
+        ],
+    },
     FunctionJudgeConfig: {"function": [Changes("{functions}:two", FUNCTION_JUDGE)]},
     PairFunctionJudgeConfig: {"function": [Changes("{functions}:front", PAIR_JUDGE)]},
     LLMJudgeConfig: {
@@ -481,12 +488,14 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "judges": [Changes("[{{kind: length, prefer: shorter}}]"), Fails("[]", "no judge is named")],
         "rule": [Changes("agreed", PAIR_JUDGE)],
         "where": [Changes("{{kind: even}}")],
+        "panel": [Changes("[longer, shorter]", TWO_JUDGES), Fails("[longer]", "one judge alone", TWO_JUDGES)],
         "max_pairs": [Changes("3")],
         "title": [Changes("Another title")],
     },
     ValidateConfig: {
         "labels": [Changes("{more_labelled}"), Fails("[]", "labels names no file")],
         "judges": [Changes("[{{kind: length, prefer: shorter}}]"), Fails("[]", "no judge is named")],
+        "panel": [Changes("[longer, shorter]", TWO_JUDGES), Fails("[longer]", "one judge alone", TWO_JUDGES)],
         "rule": [Changes("agreed", PAIR_JUDGE)],
         "max_pairs": [Changes("3")],
         "title": [Changes("Another title")],

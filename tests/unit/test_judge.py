@@ -120,10 +120,8 @@ def test_a_judge_stops_when_it_is_told_to() -> None:
 
 
 def test_a_panel_is_the_mean_of_its_members() -> None:
-    name, found = panel(
-        "panel", [[Judgement(1.0, 1.0), Judgement(None, 0.0)], [Judgement(0.0, 1.0), Judgement(1.0, 0.0)]]
-    )
-    assert (name, found) == ("panel", [Judgement(0.5, 1.0), Judgement(None, 0.0)])
+    found = panel([[Judgement(1.0, 1.0), Judgement(None, 0.0)], [Judgement(0.0, 1.0), Judgement(1.0, 0.0)]])
+    assert found == [Judgement(0.5, 1.0), Judgement(None, 0.0)]
 
 
 def test_names_are_told_apart() -> None:

@@ -84,7 +84,8 @@ def test_two_files_before_several_judges(
     assert lines["gpt"]["win"]["rate"]["estimate"] == pytest.approx(8 / 12)
     assert (lines["gpt"]["win"]["wins"], lines["gpt"]["win"]["losses"]) == (8, 4)
     assert lines["gpt"]["behaviour"]["consistency"]["estimate"] == 1.0
-    assert lines["longer"]["win"]["rate"]["estimate"] == 0.0
+    assert lines["longer"]["win"]["rate"]["estimate"] == lines["longer"]["win"]["rate"]["high"] == 0.0
+    assert lines["longer"]["win"]["wilson"]["high"] == pytest.approx(3.841459 / (12 + 3.841459))  # z^2 / (n + z^2)
     assert lines["shorter"]["behaviour"]["consistency"] is None
     kappas = {(p["first"], p["second"]): p["kappa"]["estimate"] for p in numbers(tmp_path)["agreement"]["pairs"]}
     assert kappas["longer", "shorter"] == 0.0
@@ -107,6 +108,24 @@ def test_a_model_against_itself_is_one_half(tmp_path: Path, answers: tuple[Path,
         run_compare(config)
     win = numbers(tmp_path)["lines"][0]["win"]
     assert win["rate"]["estimate"] == win["length_controlled"]["estimate"] == 0.5
+
+
+def test_a_panel_is_one_more_judge(tmp_path: Path, answers: tuple[Path, Path]) -> None:
+    judges = "judges=[{kind: length}, {kind: length, prefer: shorter}, {kind: column, column: mark}]"
+    marked = [
+        write(path, [json.loads(line) | {"mark": "good" in line} for line in path.read_text().splitlines()])
+        for path in answers
+    ]
+    texts = [f"first={marked[0]}", f"second={marked[1]}", judges, *place(tmp_path)]
+    run_compare(load_config(CompareConfig, overrides=[*texts, "panel=[longer, shorter, mark]"]))
+    lines = {line["judge"]: line["win"] for line in numbers(tmp_path)["lines"]}
+    # The two that look at length cancel out: the third decides, by a sixth.
+    assert list(lines) == ["longer", "shorter", "mark", "panel"]
+    assert (lines["panel"]["wins"], lines["panel"]["losses"]) == (8, 4)
+    assert lines["panel"]["rate"]["estimate"] == pytest.approx(0.5 + (8 - 4) / 12 / 6)
+    assert len(numbers(tmp_path)["agreement"]["pairs"]) == 3  # with itself it would only agree
+    with pytest.raises(UserError, match=r"panel: there is no judge 'gpt'; name two or more of: longer, shorter, mark"):
+        run_compare(load_config(CompareConfig, overrides=[*texts, "panel=[longer, gpt]"]))
 
 
 def test_stored_verdicts_give_the_same_win_rate(tmp_path: Path, answers: tuple[Path, Path]) -> None:
