@@ -157,7 +157,7 @@ class TellTale:
             if failed is None:
                 self._failed[asked] = request.moment
                 return Answer(status=500)
-            return Answer(f"{'hasty' if request.moment - failed < 0.15 else 'patient'} {verdict}")
+            return Answer(f"{'hasty' if request.moment - failed < 1 else 'patient'} {verdict}")
         return Answer(f"{hashlib.sha256(asked.encode()).hexdigest()} {verdict}")
 
 

@@ -470,7 +470,7 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "requests_per_minute": [Changes("900", llm_judge("clock"))],
         "timeout_seconds": [Fails("0.05", "no reply within 0.05 s", llm_judge("slow", ", max_retries: 0"))],
         "max_retries": [Fails("0", "failed 1 times", llm_judge("flaky"))],
-        "backoff_seconds": [Changes("0.5", llm_judge("patience", ", concurrency: 64"))],
+        "backoff_seconds": [Changes("3", llm_judge("patience", ", concurrency: 64"))],
     },
     BudgetConfig: {
         "max_requests": [Fails("1", "the budget of 1 requests is spent", llm_judge())],

@@ -194,6 +194,20 @@ def test_what_a_source_is(tmp_path: Path, answers: tuple[Path, Path]) -> None:
     assert model_names("a/x.jsonl", "b/x.jsonl") == ("a/x.jsonl", "b/x.jsonl")
 
 
+@pytest.mark.slow
+def test_two_models_answer_before_they_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["suite.num_heldout=6", "suite.num_ood=0", "suite.num_probes=0", "generation.max_new_tokens=12"]
+    judges = "judges=[{kind: gold}, {kind: length, prefer: shorter}]"
+    assert rlhf("judge", "compare", "tinychat", "tinychat", judges, *small, *place(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "Win-rate of first against second" in shown and "report.html" in shown
+    folder = tmp_path / "runs" / "run"
+    rows = [json.loads(line) for line in (folder / "judgements.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["judge"] for row in rows] == ["gold"] * 6 + ["shorter"] * 6
+    assert all(row["first"] == row["second"] and row["preference"] == 0.5 for row in rows)  # one model, the same draws
+    assert "Agreement between judges" in (folder / "EVAL_REPORT.md").read_text(encoding="utf-8")
+
+
 # ---------------------------------------------------------------------- nothing judged is lost
 
 
