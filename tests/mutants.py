@@ -31,6 +31,7 @@ TESTS_OF = {
     "preference_loss.py": PREFERENCES,
     "kto_loss.py": PREFERENCES,
     "process_loss.py": ("test_process_loss.py", "test_algo_gradients.py"),
+    "reward_combination.py": ("test_reward_combination.py",),
 }
 
 # file: (old text, which occurs exactly once; new text; what is wrong then)
@@ -329,6 +330,25 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("/ same_KNN.sum(dim=2)", "", "expected_best: sum over ties"),
         ("1 <= n <= num", "1 <= n", "expected_best: more than there are"),
     ],
+    "reward_combination.py": [
+        ("return scores_KB.mean(dim=0)", "return scores_KB.sum(dim=0)", "mean: a sum"),
+        ("return scores_KB.amin(dim=0)", "return scores_KB.amax(dim=0)", "worst: the best"),
+        (" - penalty * scores_KB.var", " + penalty * scores_KB.var", "penalised: sign"),
+        ("penalty * scores_KB.var(dim=0, correction=0)", "penalty * scores_KB.std(dim=0, correction=0)",
+         "penalised: deviation"),
+        ("penalty * scores_KB.var(dim=0, correction=0)", "penalty * scores_KB.var(dim=0)", "penalised: corrected"),
+        ("return scores_KB.std(dim=0, correction=0)", "return scores_KB.std(dim=0)", "disagreement: corrected"),
+        ("return scores_KB.std(dim=0, correction=0)", "return scores_KB.var(dim=0, correction=0)",
+         "disagreement: variance"),
+        ("(weights_K.unsqueeze(1) * scores_KB).sum(dim=0)", "scores_KB.sum(dim=0)", "sum: weights ignored"),
+        ("(weights_K.unsqueeze(1) * scores_KB).amin(dim=0)", "scores_KB.amin(dim=0)", "lowest: weights ignored"),
+        ("(weights_K.unsqueeze(1) * scores_KB).amin(dim=0)", "(weights_K.unsqueeze(1) * scores_KB).amax(dim=0)",
+         "lowest: the highest"),
+        ("gate_scores_B < threshold", "gate_scores_B > threshold", "gate: turned round"),
+        ("always_B | (gate", "always_B & (gate", "gate: both needed"),
+        ("always_B | (gate", "(gate", "gate: never forced"),
+        ("threshold), gate_scores_B, scores_B)", "threshold), scores_B, gate_scores_B)", "gate: scores exchanged"),
+    ],
     "process_loss.py": [
         ("logits[mask], labels[mask], reduction", "logits.flatten(), labels.flatten(), reduction",
          "step_loss: mask ignored"),
@@ -362,6 +382,10 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("logprobs_M.sum() / num_tokens", "logprobs_M.sum()", "sft_loss: normaliser"),
     ],
     "trainer.py": [
+        ("clip_grad_norm_(part, self", "clip_grad_norm_(self.parameters.values(), self",
+         "parts clipped apart: by the norm of all"),
+        ("        if not self._clipped_apart:\n            nn.utils", "        if True:\n            nn.utils",
+         "parts clipped apart: and all together before"),
         ("self.scaler.scale(output.loss).backward()", "self.scaler.scale(-output.loss).backward()",
          "step: sign of the loss"),
         ("total += float(output.loss.detach())", "total = float(output.loss.detach())",

@@ -10,7 +10,7 @@ A loss or gradient that is not finite never reaches the weights: the step is ski
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -89,8 +89,11 @@ class Trainer:
         num_training_steps: int,
         *,
         scale_loss: bool = False,
+        clipped_apart: Sequence[Collection[str]] = (),
     ) -> None:
-        """`scale_loss`: float16 autocast, whose small gradients would vanish unscaled."""
+        """`scale_loss`: float16 autocast, whose small gradients would vanish unscaled. `clipped_apart`: names of
+        parameters whose gradients are clipped by a norm of their own, set by set; none: all by the norm of all.
+        """
         if not parameters:
             raise ValueError("nothing to train: no parameter requires a gradient")
         self.parameters, self.config = dict(parameters), config
@@ -104,6 +107,7 @@ class Trainer:
             eps=config.adam_epsilon,
             fused=True,  # one kernel instead of a loop over parameters: a quarter of the time on a small model
         )
+        self._clipped_apart = [[self.parameters[name] for name in names] for names in clipped_apart]
         self._rate_factor = schedule(config, num_training_steps)
         device_type = next(iter(self.parameters.values())).device.type
         self.scaler = torch.amp.GradScaler(device_type, enabled=scale_loss)
@@ -143,11 +147,17 @@ class Trainer:
         culprit = self._first_nonfinite(total, grad_norm)
         # Clipping by a norm that is no number would make every gradient one, and hide which was the first.
         if culprit is None:
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
+            self._clip(norm)
         self._apply(culprit is not None, learning_rate)
         return StepReport(
             self.step_count, total, grad_norm, learning_rate, culprit is not None, metrics, maxima, culprit
         )
+
+    def _clip(self, norm: Tensor) -> None:
+        if not self._clipped_apart:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
+        for part in self._clipped_apart:
+            nn.utils.clip_grad_norm_(part, self.config.max_grad_norm)
 
     def _apply(self, skip: bool, learning_rate: float) -> None:
         if skip:

@@ -40,6 +40,8 @@ _CATALOGUE: tuple[tuple[str, str, str], ...] = (
     ("Groups", "per iteration", r"^grpo/(groups|sampling_rounds)"),
     ("Accuracy", "share", r"accurac"),
     ("Margin", "", r"margin"),
+    ("Disagreement of an ensemble", "deviations", r"disagreement"),
+    ("Reward by member", "deviations", r"^reward/ensemble/"),
     ("Reward by term", "", r"^reward/term/"),
     ("Reward", "", r"^(rewards?|scores?)/"),
     ("KL coefficient", "", r"kl.*(coef|beta)|^beta$"),

@@ -1,7 +1,8 @@
 """Reward models: a prompt and an answer in, one number out.
 
-Two kinds serve the same call, `model(input_ids_BT, attention_mask_BT) -> scores_B`: `RewardModel`, a backbone under an
-adapter with a scalar head trained here, and `ClassifierReward`, a sequence classifier from the hub taken as it is.
+Three kinds serve the same call, `model(input_ids_BT, attention_mask_BT) -> scores_B`: `RewardModel`, a backbone under
+an adapter with a scalar head trained here, `RewardEnsemble`, several of these on one base, and `ClassifierReward`, a
+sequence classifier from the hub taken as it is.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf.algo.reward_combination import ENSEMBLE_RULES
 from rlhf.data.chat import prepare_tokenizer
 from rlhf.data.collate import Batch
 from rlhf.data.forest import Forest
@@ -23,6 +25,16 @@ from rlhf.infra.config import Config
 from rlhf.infra.device import autocast
 from rlhf.infra.errors import UserError
 from rlhf.models.backbone import Backbone, ModelConfig, resolve_model
+from rlhf.models.ensemble import (
+    EnsembleConfig,
+    EnsembleRuleName,
+    member_adapters,
+    member_folders,
+    member_name,
+    read_ensemble,
+    write_ensemble,
+)
+from rlhf.models.lora import get_lora_parameters
 from rlhf.models.scoring import CONFIG_FILE, ScoringModel, TrainMode, last_columns
 
 # In the config.json of a sequence classifier that was exported from here: suffix, mean and deviation of its scores.
@@ -40,6 +52,16 @@ class RewardModelConfig(Config):
         description="put behind every answer before the score is read; with the opening of the user's next turn the "
         "score is read where a model that knows conversations expects the user's reaction",
     )
+    ensemble: EnsembleConfig = Field(default_factory=EnsembleConfig, description="several reward models instead of one")
+
+    @model_validator(mode="after")
+    def _members_share_the_base(self) -> RewardModelConfig:
+        if self.train == "full" and self.ensemble.members > 1:
+            raise ValueError(
+                f"ensemble.members is {self.ensemble.members} with train=full: every member would need a base of its "
+                "own; use train=lora or frozen, or train single models by run.seed"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -119,6 +141,109 @@ class RewardModel(ScoringModel):
         return model
 
 
+class RewardEnsemble(nn.Module):
+    """Reward models on one base that are asked together; to whoever uses it, it is one reward model.
+
+    Members differ in how the head started and in the order of the data: they agree where the data speak and differ
+    where they do not. Each one's scores are brought to mean 0 and deviation 1 on held-out answers before they are put
+    together, since a head's scale and offset are its own. Raw scores are those combined ones times the mean deviation
+    of the members, so that differences are log-odds, as one model's are. Legend: K members.
+    """
+
+    def __init__(self, members: Sequence[RewardModel], rule: EnsembleRuleName = "mean", penalty: float = 0.5) -> None:
+        super().__init__()
+        if not members:
+            raise ValueError("an ensemble has at least one member")
+        self._members = nn.ModuleList(members)
+        self.members = list(members)
+        self.rule, self.penalty = rule, penalty
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.members[0].backbone
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.members[0].tokenizer
+
+    @property
+    def suffix(self) -> str:
+        return self.members[0].suffix
+
+    @property
+    def suffix_ids(self) -> list[int]:
+        return self.members[0].suffix_ids
+
+    @property
+    def takes_forests(self) -> bool:
+        """See `RewardModel`; the members were made alike."""
+        return self.members[0].takes_forests
+
+    @property
+    def scale(self) -> ScoreScale:
+        """Of the raw scores: that of the mean of the members."""
+        return ScoreScale(0.0, sum(member.scale.std for member in self.members) / len(self.members))
+
+    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
+        """Raw scores (B,)."""
+        return self.combined(self.member_scores(input_ids_BT, attention_mask_BT))
+
+    def member_scores(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
+        """Standardised scores (K, B)."""
+        return torch.stack([member.standardised(member(input_ids_BT, attention_mask_BT)) for member in self.members])
+
+    def answer_scores(self, batch: Batch | Forest) -> Tensor:
+        """Raw scores, in the order of `RewardModel.answer_scores`."""
+        scores = [member.standardised(member.answer_scores(batch)) for member in self.members]
+        return self.combined(torch.stack(scores))
+
+    def combined(self, scores_KB: Tensor) -> Tensor:
+        """Raw scores (B,) of the members' standardised ones."""
+        return ENSEMBLE_RULES[self.rule](scores_KB, self.penalty) * self.scale.std
+
+    def standardised(self, scores_B: Tensor) -> Tensor:
+        """What the rule gave, in deviations of one member's scores on held-out answers."""
+        return scores_B / self.scale.std
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of every member, as `member_<k>.<its own name>`."""
+        return {name: parameter for part in self.parameters_by_member() for name, parameter in part.items()}
+
+    def parameters_by_member(self) -> list[dict[str, nn.Parameter]]:
+        """The same, apart by member."""
+        names = {id(parameter): f"backbone.{name}" for name, parameter in self.backbone.named_parameters()}
+        found = []
+        for k, member in enumerate(self.members):
+            own = {f"head.{name}": parameter for name, parameter in member.head.named_parameters()}
+            if member.train_mode == "lora":
+                own |= {names[id(p)]: p for p in get_lora_parameters(self.backbone.model, member.adapter)}
+            found.append({f"{member_name(k)}.{name}": p for name, p in own.items() if p.requires_grad})
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write every member, whole, into a folder of its own (see `rlhf.models.ensemble`)."""
+        for k, member in enumerate(self.members):
+            member.save(folder / member_name(k))
+        write_ensemble(folder, len(self.members), self.rule, self.penalty)
+
+    @classmethod
+    def load(
+        cls, folder: Path, backbone: Backbone | None = None, adapter: str = "reward", dtype_name: str = "fp32"
+    ) -> RewardEnsemble:
+        """Read what `save` wrote, frozen: all members on one base, the shared one where `RewardModel.load` takes it.
+
+        Raises:
+            UserError: the folder holds no ensemble, or not the whole of it.
+        """
+        description, places = read_ensemble(folder), member_folders(folder)
+        if description is None:
+            raise UserError(f"{folder} holds no ensemble; give the folder of `rlhf rm` with reward.ensemble.members=4")
+        members: list[RewardModel] = []
+        for place, name in zip(places, member_adapters(adapter, len(places)), strict=True):
+            members.append(RewardModel.load(place, members[0].backbone if members else backbone, name, dtype_name))
+        return cls(members, description["rule"], description["penalty"])
+
+
 class ClassifierReward(nn.Module):
     """A hub sequence classifier with one label, used as a frozen reward model."""
 
@@ -157,12 +282,21 @@ class ClassifierReward(nn.Module):
         return (scores_B - self.scale.mean) / self.scale.std
 
 
+AnyReward = RewardModel | RewardEnsemble | ClassifierReward
+
+
 def load_reward_model(
-    name_or_path: str, backbone: Backbone | None = None, dtype_name: str = "fp32"
-) -> RewardModel | ClassifierReward:
-    """A reward model saved here (folder with `reward_config.json`), or any sequence classifier of the hub's form."""
-    if (Path(name_or_path) / CONFIG_FILE).is_file():
-        return RewardModel.load(Path(name_or_path), backbone, dtype_name=dtype_name)
+    name_or_path: str, backbone: Backbone | None = None, dtype_name: str = "fp32", adapter: str = "reward"
+) -> AnyReward:
+    """What `rlhf rm` saved (a folder with `reward_config.json`), or any sequence classifier of the hub's form.
+
+    `adapter` is the name under which it joins a shared backbone; members of an ensemble get a number behind it.
+    """
+    folder = Path(name_or_path)
+    if read_ensemble(folder) is not None:
+        return RewardEnsemble.load(folder, backbone, adapter, dtype_name)
+    if (folder / CONFIG_FILE).is_file():
+        return RewardModel.load(folder, backbone, adapter, dtype_name)
     model = ClassifierReward(name_or_path, dtype_name)
     return model if backbone is None else model.to(backbone.device)
 

@@ -161,7 +161,7 @@ class ScoringModel(nn.Module):
         if found != cls.kind:
             raise UserError(
                 f"{folder} holds a {found} model, but a {cls.kind} model is needed here; give the folder of an "
-                f"`{cls.made_by}` run"
+                f"`{cls.made_by}` run, or that of one member where it is an ensemble"
             )
         return description
 

@@ -19,17 +19,16 @@ from rlhf.eval.doctor import model_checks, reward_checks, token_checks
 from rlhf.eval.doctor.finding import Finding
 from rlhf.infra.determinism import derive_seed
 from rlhf.models.backbone import positions_from_mask
-from rlhf.models.lora import delete_adapter
-from rlhf.models.reward_model import load_reward_model
+from rlhf.models.reward_model import AnyReward
 from rlhf.recipes.doctor_stages import START
-from rlhf.recipes.doctor_subject import NUM_PASSES, Subject, sampled
+from rlhf.recipes.doctor_subject import NUM_PASSES, Subject, drop_adapters, sampled
 from rlhf.recipes.grpo import prepare as prepare_grpo
 from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.online_config import OnlineConfig
 from rlhf.recipes.ppo import prepare as prepare_ppo
 from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.rollouts import OnlineParts
-from rlhf.recipes.stages import REWARD_MODEL, locate
+from rlhf.recipes.stages import load_term_model
 from rlhf.rewards.learned import LearnedReward
 from rlhf.rewards.protocol import RewardTermConfig
 from rlhf.rollout.sampler import Sampler
@@ -70,7 +69,7 @@ def _examine(
     yield START.green(f"{parts.policy.backbone.name}; {parts.report}")
     rollout = Rollout(config, parts, subject)
     yield from rollout.findings(stand_in)
-    if any(term.name == "model" for term in config.rewards):
+    if any(term.is_learned for term in config.rewards):
         yield from rollout.reward_findings()
     yield model_checks.learning_rate_moves_weights(
         parts.policy.trainable_parameters(), config.optimizer, config.num_optimizer_steps, config.run.dtype
@@ -125,17 +124,22 @@ class Rollout:
         return token_checks.masks_survive_padding(rows, lambda one: self._padded(one, stops, places), stops, pad)
 
     def reward_findings(self) -> Iterator[Finding]:
-        """V9 and V8 of the reward model, loaded and asked as in training."""
-        if self.config.reward_model is None:
+        """V9 and V8 of every reward model among the rewards, loaded and asked as in training."""
+        for term in self.config.rewards:
+            if term.is_learned:
+                yield from self._findings_of(term)
+
+    def _findings_of(self, term: RewardTermConfig) -> Iterator[Finding]:
+        if term.model is None and self.config.reward_model is None:
             yield reward_checks.HEAD.red(
                 "the reward `model` is asked for, but no reward_model is named",
                 "set reward_model=<run, folder or hub name>, or name rules under `rewards`",
             )
             return
-        loaded: list[reward_checks.AnyReward] = []
+        loaded: list[AnyReward] = []
 
-        def load() -> reward_checks.AnyReward:
-            loaded.append(self._load_reward_model(self.config.reward_model or ""))
+        def load() -> AnyReward:
+            loaded.append(self._load(term))
             return loaded[-1]
 
         finding = reward_checks.head_survives_loading(load, self._score)
@@ -147,17 +151,15 @@ class Rollout:
                 yield self.subject.bos_of(learned.encoder, {"reward model": rows})
             yield reward_checks.scores_ignore_the_batch(loaded[-1], rows[:NUM_PASSES], self.config.run.dtype)
 
-    def _load_reward_model(self, source: str) -> reward_checks.AnyReward:
+    def _load(self, term: RewardTermConfig) -> AnyReward:
         backbone = self.parts.policy.backbone
-        if REWARD in backbone.adapter_names:
-            delete_adapter(backbone.model, REWARD)
-        folder = locate(source, self.config.run.output_dir, REWARD_MODEL)
-        return load_reward_model(folder, backbone, backbone.dtype_name)
+        drop_adapters(backbone, REWARD)
+        return load_term_model(term, self.config.reward_model, self.config.run.output_dir, backbone, REWARD)
 
-    def _learned(self, model: reward_checks.AnyReward) -> LearnedReward:
+    def _learned(self, model: AnyReward) -> LearnedReward:
         return LearnedReward(model, self.subject.tokenizer, self.config.data.system_prompt, standardise=False)
 
-    def _score(self, model: reward_checks.AnyReward) -> Tensor:
+    def _score(self, model: AnyReward) -> Tensor:
         learned = self._learned(model)
         return learned.score_ids([[*start, *answer] for start, answer in self._rows_for(learned)])
 
@@ -196,7 +198,7 @@ def _as_examples(trajectory: Trajectory) -> list[TokenExample]:
 
 
 def _without_reward_model(config: OnlineConfigT) -> OnlineConfigT:
-    rules = [term for term in config.rewards if term.name != "model"]
+    rules = [term for term in config.rewards if not term.is_learned]
     stand_in = rules or [RewardTermConfig(name="keyword_sentiment")]
     return config.model_copy(update={"data": sampled(config.data), "rewards": stand_in})
 

@@ -23,11 +23,10 @@ from rlhf.data.token_dataset import TokenDataset
 from rlhf.data.unpaired_dataset import UnpairedDataset, UnpairedExample
 from rlhf.eval.doctor import model_checks, reward_checks, row_checks, token_checks
 from rlhf.eval.doctor.finding import Check, Finding
-from rlhf.models.lora import delete_adapter
 from rlhf.models.policy import Policy, masked_logprobs
 from rlhf.models.reference import Reference
-from rlhf.models.reward_model import RewardModel
-from rlhf.recipes.doctor_subject import UNLIMITED, ItemT, Subject, sampled
+from rlhf.models.reward_model import RewardEnsemble, RewardModel
+from rlhf.recipes.doctor_subject import UNLIMITED, ItemT, Subject, drop_adapters, sampled
 from rlhf.recipes.dpo import DPOConfig
 from rlhf.recipes.dpo import prepare as prepare_dpo
 from rlhf.recipes.kto import KTOConfig
@@ -225,11 +224,10 @@ def _both_sides(pairs: Sequence[PreferenceExample]) -> list[TokenExample]:
     return chosen + [join(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
 
 
-def _reloaded(folder: Path, model: RewardModel) -> RewardModel:
-    """A saved reward model, on the same frozen base where it has one."""
-    if _RELOADED in model.backbone.adapter_names:
-        delete_adapter(model.backbone.model, _RELOADED)
-    return RewardModel.load(folder, model.backbone, _RELOADED, model.backbone.dtype_name)
+def _reloaded(folder: Path, model: RewardModel | RewardEnsemble) -> RewardModel | RewardEnsemble:
+    """A saved reward model or ensemble, on the same frozen base where it has one."""
+    drop_adapters(model.backbone, _RELOADED)
+    return type(model).load(folder, model.backbone, _RELOADED, model.backbone.dtype_name)
 
 
 def _num_ids(example: TokenExample) -> int:

@@ -19,7 +19,8 @@ from rlhf.data.token_dataset import TokenDataset
 from rlhf.eval.doctor import row_checks
 from rlhf.eval.doctor.finding import Finding
 from rlhf.infra.errors import UserError
-from rlhf.models.backbone import ModelConfig, resolve_model
+from rlhf.models.backbone import Backbone, ModelConfig, resolve_model
+from rlhf.models.lora import delete_adapter
 from rlhf.recipes.stages import ADAPTER_CONFIG, POLICY, base_of, locate
 
 NUM_ROWS, NUM_PAIRS, NUM_PASSES = 400, 50, 6
@@ -173,3 +174,10 @@ def _look_up(source: str, model: ModelConfig, output_dir: Path) -> tuple[PreTrai
         ) from None
     prepare_tokenizer(tokenizer)
     return tokenizer, shape.get("max_position_embeddings", shape.get("n_positions"))
+
+
+def drop_adapters(backbone: Backbone, name: str) -> None:
+    """Take a loaded model's adapter off its base, or those of all members of an ensemble."""
+    for adapter in backbone.adapter_names:
+        if adapter == name or adapter.startswith(f"{name}_"):
+            delete_adapter(backbone.model, adapter)

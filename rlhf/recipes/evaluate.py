@@ -31,7 +31,7 @@ from rlhf.infra.run_folder import RUN_INFO, read_run_info
 from rlhf.models.backbone import Backbone, ModelConfig
 from rlhf.models.decoding import GenerationConfig
 from rlhf.models.reference import Reference
-from rlhf.models.reward_model import ClassifierReward, RewardModel, load_reward_model
+from rlhf.models.reward_model import AnyReward, ClassifierReward, RewardEnsemble, RewardModel, load_reward_model
 from rlhf.recipes.answers import askable, cached_answers, texts_of
 from rlhf.recipes.evaluation_judges import judge_models
 from rlhf.recipes.judge_pairs import cost_notes
@@ -148,8 +148,8 @@ class Parts:
     prompts: list[EvalPrompt]
     pairs: list[PreferenceExample]
     models: dict[str, LoadedPolicy]
-    reward: RewardModel | None
-    scorer: RewardModel | ClassifierReward | None
+    reward: RewardModel | RewardEnsemble | None
+    scorer: AnyReward | None
     judges: list[Judge]
 
 
@@ -202,7 +202,7 @@ def prepare(config: EvaluateConfig, device: torch.device, rejected_rows: Path) -
     backbone = next(iter(models.values())).backbone
     encoder = ChatEncoder(backbone.tokenizer, config.data.system_prompt)
     scorer = load_scorer(config, backbone)
-    reward = scorer if isinstance(scorer, RewardModel) else None
+    reward = None if isinstance(scorer, ClassifierReward) else scorer
     if config.data.is_tinychat:
         prompts = tinychat_suite(config.suite)
     else:
@@ -213,7 +213,7 @@ def prepare(config: EvaluateConfig, device: torch.device, rejected_rows: Path) -
     return Parts(prompts, pairs, models, reward, scorer, judges)
 
 
-def load_scorer(config: EvaluateConfig, backbone: Backbone) -> RewardModel | ClassifierReward | None:
+def load_scorer(config: EvaluateConfig, backbone: Backbone) -> AnyReward | None:
     """The reward model that scores answers, on the first model's base where it is of the same; None without one."""
     if config.reward_model is None:
         return None
@@ -222,7 +222,9 @@ def load_scorer(config: EvaluateConfig, backbone: Backbone) -> RewardModel | Cla
     )
 
 
-def held_out_pairs(config: EvaluateConfig, reward: RewardModel, rejected_rows: Path) -> list[PreferenceExample]:
+def held_out_pairs(
+    config: EvaluateConfig, reward: RewardModel | RewardEnsemble, rejected_rows: Path
+) -> list[PreferenceExample]:
     """Labelled pairs that no training has seen: of the built-in world's held-out tasks, or the validation side."""
     from rlhf.data.data_config import DataConfig
     from rlhf.data.loading import rows_from_memory

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algo.advantages import has_spread
-from rlhf.rewards.protocol import Scores
+from rlhf.rewards.protocol import Scores, joined_scores
 from rlhf.rewards.shaping import ShapedScores
 from rlhf.rollout.trajectory import Trajectory, concatenate
 
@@ -45,11 +45,10 @@ class ScoredGroups:
         """Some of the groups, whole; metrics of shaping stay those of all."""
         rows = [group * self.group_size + place for group in groups for place in range(self.group_size)]
         indices = torch.tensor(rows, device=self.shaped.scores_B.device)
-        by_term = {name: [values[row] for row in rows] for name, values in self.scores.by_term.items()}
         return replace(
             self,
             trajectory=self.trajectory.select(indices),
-            scores=Scores([self.scores.total[row] for row in rows], by_term),
+            scores=self.scores.select(rows),
             shaped=replace(self.shaped, scores_B=self.shaped.scores_B[indices]),
         )
 
@@ -107,10 +106,9 @@ def _joined(rounds: Sequence[ScoredGroups], kept: Sequence[tuple[int, int]], pad
         name: sum(size * drawn.shaped.metrics[name] for size, drawn in zip(sizes, rounds, strict=True)) / sum(sizes)
         for name in rounds[0].shaped.metrics
     }
-    by_term = {name: [v for part in parts for v in part.scores.by_term[name]] for name in parts[0].scores.by_term}
     return ScoredGroups(
         concatenate([part.trajectory for part in parts], pad_token_id),
-        Scores([value for part in parts for value in part.scores.total], by_term),
+        joined_scores([part.scores for part in parts]),
         ShapedScores(torch.cat([part.shaped.scores_B for part in parts]), metrics),
         rounds[0].group_size,
     )

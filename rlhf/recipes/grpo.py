@@ -161,14 +161,13 @@ class GRPO:
 
 def run_grpo(config: GRPOConfig, resume: Path | None = None) -> Run:
     """Optimise a policy by comparing its answers with each other; it is in `<run>/policy`."""
-    lineage = {"policy": config.policy} | ({"reward_model": config.reward_model} if config.reward_model else {})
     return launch(
         "grpo",
         config,
         prepare,
         train,
         settings=config.run,
-        lineage=lineage,
+        lineage=config.lineage,
         data_files=config.data.files(),
         resume=resume,
     )

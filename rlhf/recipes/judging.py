@@ -16,7 +16,7 @@ from rlhf.eval.llm_judge import LLMJudge
 from rlhf.infra.chat_api import ChatApiConfig
 from rlhf.infra.config import Config
 from rlhf.infra.errors import UserError
-from rlhf.models.reward_model import ClassifierReward, RewardModel, load_reward_model
+from rlhf.models.reward_model import AnyReward, ClassifierReward, load_reward_model
 from rlhf.recipes.stages import REWARD_MODEL, locate
 from rlhf.rewards.learned import LearnedReward
 from rlhf.rewards.protocol import load_function
@@ -186,12 +186,12 @@ def _build(config: JudgeConfig, name: str, output_dir: Path, device: torch.devic
 class RewardWithinContext:
     """Scores by a reward model; an answer beyond the model's context has no score instead of a wrong one."""
 
-    def __init__(self, name: str, model: RewardModel | ClassifierReward, prompt_template: str | None) -> None:
+    def __init__(self, name: str, model: AnyReward, prompt_template: str | None) -> None:
         self.name, self.prompt_template = name, prompt_template
         self.learned = LearnedReward(model)
-        inner = model.backbone.model if isinstance(model, RewardModel) else model.model
+        inner = model.model if isinstance(model, ClassifierReward) else model.backbone.model
         self.limit: int | None = vars(inner.config).get("max_position_embeddings")
-        self.extra = len(model.tokenizer(model.suffix)["input_ids"]) if isinstance(model, RewardModel) else 0
+        self.extra = 0 if isinstance(model, ClassifierReward) else len(model.tokenizer(model.suffix)["input_ids"])
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]

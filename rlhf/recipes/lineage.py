@@ -17,6 +17,7 @@ from rlhf.infra.durable import sha256_file
 from rlhf.infra.errors import UserError
 from rlhf.infra.run_folder import data_hashes, read_run_info
 from rlhf.models.backbone import resolve_model
+from rlhf.models.ensemble import member_folders
 from rlhf.recipes.stages import ADAPTER_CONFIG, POLICY, REWARD_MODEL, base_of, locate
 
 # What a model consists of; a README beside it may change.
@@ -28,7 +29,7 @@ _SAMPLE_BYTES = 2**24
 def fingerprints(lineage: Mapping[str, str], output_dir: Path) -> dict[str, str]:
     """A checksum of the files of each source, of the base model under an adapter too; by the source's role."""
     return {
-        role: _of_model(locate(source, output_dir, REWARD_MODEL if role == "reward_model" else POLICY))
+        role: _of_model(locate(source, output_dir, REWARD_MODEL if role.startswith("reward_model") else POLICY))
         for role, source in lineage.items()
     }
 
@@ -61,6 +62,8 @@ def _of_model(source: str) -> str:
             digest.update(json.dumps([path.name, _of_file(path)]).encode())
     if (folder / ADAPTER_CONFIG).is_file():
         digest.update(_of_model(base_of(str(folder))).encode())
+    for member in member_folders(folder):
+        digest.update(_of_model(str(member)).encode())
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ from rlhf.infra.config import Config
 from rlhf.infra.experiment import RunConfig
 from rlhf.models.backbone import ModelConfig
 from rlhf.models.decoding import GenerationConfig
-from rlhf.rewards.protocol import RewardTermConfig
+from rlhf.rewards.protocol import RewardTermConfig, term_names
 from rlhf.rewards.shaping import ShapingConfig
 
 
@@ -84,6 +84,14 @@ class OnlineConfig(Config):
         """Over the whole run: what the learning-rate schedule is stretched over."""
         return self.updates.num_iterations * self.updates.num_updates
 
+    @property
+    def lineage(self) -> dict[str, str]:
+        """The runs and models that this one starts from or asks, by role."""
+        asked = {} if self.reward_model is None else {"reward_model": self.reward_model}
+        named = {term_name: term.model for term_name, term in zip(term_names(self.rewards), self.rewards, strict=True)}
+        asked |= {f"reward_model_{name}": model for name, model in named.items() if model is not None}
+        return {"policy": self.policy} | asked
+
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
         idle = {
@@ -92,8 +100,8 @@ class OnlineConfig(Config):
         }
         if self.model.lora.lora_dropout > 0:
             idle["model.lora.lora_dropout"] = "dropout acts in SFT and reward modelling only"
-        if all(term.name != "model" for term in self.rewards):
-            idle["reward_model"] = "no term of `rewards` is called model"
+        if not any(term.is_learned and term.model is None for term in self.rewards):
+            idle["reward_model"] = "no term of `rewards` is called model, or each names a model of its own"
         if self.model.train == "full":
             idle["generation.merge_adapter"] = "model.train is full, so there is no adapter"
         if self.run.dtype != "fp32":

@@ -53,7 +53,7 @@ class OnlineReport:
 
 
 def reward_metrics(rollout: Rollout) -> dict[str, float]:
-    """Scores as the rewards gave them and after shaping, each term by name, and the KL per response."""
+    """Scores as the rewards gave them and after shaping, each term and what it is made of, and the KL per response."""
     experience, scores, shaped = rollout.experience, rollout.scores, rollout.shaped
     kl_B = experience.kl_B.float()
     line = {
@@ -72,7 +72,8 @@ def reward_metrics(rollout: Rollout) -> dict[str, float]:
             )
         ),
     }
-    return line | {f"reward/term/{name}": sum(values) / len(values) for name, values in scores.by_term.items()}
+    line |= {f"reward/term/{name}": sum(values) / len(values) for name, values in scores.by_term.items()}
+    return line | {f"reward/ensemble/{name}": sum(values) / len(values) for name, values in scores.details.items()}
 
 
 def text_metrics(experience: Experience, progress: Progress) -> dict[str, float]:

@@ -179,14 +179,13 @@ class PPO:
 
 def run_ppo(config: PPOConfig, resume: Path | None = None) -> Run:
     """Optimise a policy against rewards; it is in `<run>/policy`."""
-    lineage = {"policy": config.policy} | ({"reward_model": config.reward_model} if config.reward_model else {})
     return launch(
         "ppo",
         config,
         prepare,
         train,
         settings=config.run,
-        lineage=lineage,
+        lineage=config.lineage,
         data_files=config.data.files(),
         resume=resume,
     )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -24,8 +25,10 @@ from rlhf.infra.config import Config
 from rlhf.infra.durable import written_aside
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.models.backbone import ModelConfig
-from rlhf.models.reward_model import RewardModel, RewardModelConfig, ScoreScale
+from rlhf.models.ensemble import member_adapters
+from rlhf.models.reward_model import RewardEnsemble, RewardModel, RewardModelConfig, ScoreScale
 from rlhf.recipes.launch import launch, stage_cost
+from rlhf.recipes.reward_ensemble import MemberScores, member_rows, side_by_side, start_ensemble
 from rlhf.recipes.scoring import held, idle_model_keys, refuse_lost_weights, start_backbone
 from rlhf.recipes.sft import announce
 from rlhf.recipes.stages import REWARD_MODEL
@@ -81,7 +84,7 @@ class PairScores:
 class RewardParts:
     """Model and tokenised pairs, loaded and found usable."""
 
-    model: RewardModel
+    model: RewardModel | RewardEnsemble
     train: list[PreferenceExample]
     validation: list[PreferenceExample]
     report: str
@@ -103,11 +106,15 @@ def run_reward(config: RewardConfig, resume: Path | None = None) -> Run:
 
 def prepare(config: RewardConfig, device: torch.device, rejected_rows: Path) -> RewardParts:
     """Backbone with adapter and head; a LoRA adapter starts from the SFT adapter's weights where there is one."""
-    settings = config.reward
-    start = start_backbone(config.backbone, config.model, settings.train, config.run, device, "reward")
-    model = RewardModel(
-        start.backbone, start.adapter, settings.pooling, settings.train, config.model, suffix=settings.suffix
-    )
+    settings, members = config.reward, config.reward.ensemble.members
+    name = "reward" if members == 1 else member_adapters("reward", members)[0]
+    start = start_backbone(config.backbone, config.model, settings.train, config.run, device, name)
+    if members == 1:
+        model: RewardModel | RewardEnsemble = RewardModel(
+            start.backbone, start.adapter, settings.pooling, settings.train, config.model, suffix=settings.suffix
+        )
+    else:
+        model = start_ensemble(start.backbone, start.adapter, settings, config.model, config.run)
     encoder = ChatEncoder(model.tokenizer, config.data.system_prompt)
     data, validation = PreferenceDataset.load(config.data, encoder, rejected_rows)
     return RewardParts(model, data.examples, validation.examples if validation else [], str(data.report))
@@ -117,13 +124,14 @@ def train(config: RewardConfig, run: Run, parts: RewardParts) -> tuple[int, int]
     """The loop, the scale of the scores, then the model into the run folder."""
     model = parts.model
     announce(run, model.backbone, parts.report)
-    method = pair_method(model, parts.train, parts.validation, config)
     trainer = Trainer(
         model.trainable_parameters(),
         config.optimizer,
         config.training.num_steps(len(parts.train)),
         scale_loss=config.run.dtype == "fp16",
+        clipped_apart=model.parameters_by_member() if isinstance(model, RewardEnsemble) else (),
     )
+    method = reward_method(parts, config)
     with model.backbone.adapter_dropout(config.model.lora.lora_dropout):
         progress = SupervisedLoop(run, trainer, config.training, method, "reward model").train()
     if run.stop_reason != "interrupted":
@@ -131,6 +139,21 @@ def train(config: RewardConfig, run: Run, parts: RewardParts) -> tuple[int, int]
         with written_aside(run.folder / REWARD_MODEL) as aside:
             model.save(aside)
     return stage_cost(progress)
+
+
+def reward_method(parts: RewardParts, config: RewardConfig) -> Method[Any]:
+    """The pairs for one model, or for every member of an ensemble in an order of its own."""
+    if isinstance(parts.model, RewardModel):
+        return pair_method(parts.model, parts.train, parts.validation, config)
+    ensemble, seed, limit = parts.model, config.run.seed, config.training.max_tokens_per_micro_batch
+    methods = [
+        pair_method(member, member_rows(parts.train, seed, k), (), config) for k, member in enumerate(ensemble.members)
+    ]
+
+    def validate() -> Validation:
+        return ensemble_validation(ensemble, [score_pairs(m, parts.validation, limit) for m in ensemble.members])
+
+    return side_by_side(methods, validate if parts.validation else None)
 
 
 def pair_method(
@@ -188,8 +211,38 @@ def pair_method(
     )
 
 
+def ensemble_validation(ensemble: RewardEnsemble, scores: Sequence[PairScores]) -> Validation:
+    """What the combined score achieves, by its own accuracy; the best weights are those of the lowest mean loss."""
+    found = together(scores)
+    combined = PairScores(*ensemble.combined(found.standardised_K2N), 0.0)
+    metrics = {
+        "accuracy": combined.accuracy,
+        "loss": sum(float(bradley_terry_loss(s.chosen_B, s.rejected_B).mean()) for s in scores) / len(scores),
+        "margin": float((combined.chosen_B - combined.rejected_B).mean()),
+        "disagreement": float(found.disagreement_2N.mean()),
+    }
+    metrics |= {f"accuracy_member_{k}": accuracy for k, accuracy in enumerate(found.accuracies)}
+    return Validation(metrics, "loss", lower_is_better=True)
+
+
+def together(scores: Sequence[PairScores]) -> MemberScores:
+    """The members' scores of the same pairs, each also on its own scale."""
+    raw_K2N = torch.stack([torch.stack([one.chosen_B, one.rejected_B]) for one in scores])
+    scales = [scale_of(one) for one in scores]
+    standardised = [(raw - scale.mean) / scale.std for raw, scale in zip(raw_K2N, scales, strict=True)]
+    return MemberScores(raw_K2N, torch.stack(standardised))
+
+
+def scale_of(scores: PairScores) -> ScoreScale:
+    """Mean and deviation over both answers of all pairs; a deviation of 0 counts as 1."""
+    both = torch.cat([scores.chosen_B, scores.rejected_B])
+    return ScoreScale(float(both.mean()), float(both.std()) if float(both.std()) > 0 else 1.0)
+
+
 @torch.no_grad()
-def score_pairs(model: RewardModel, examples: Sequence[PreferenceExample], max_tokens: int) -> PairScores:
+def score_pairs(
+    model: RewardModel | RewardEnsemble, examples: Sequence[PreferenceExample], max_tokens: int
+) -> PairScores:
     """Scores of both answers of every pair, in the order given, in batches of like length."""
     width, scores_2N = row_width(model.takes_forests), torch.zeros(2, len(examples), device=model.backbone.device)
     started = time.perf_counter()
@@ -200,7 +253,7 @@ def score_pairs(model: RewardModel, examples: Sequence[PreferenceExample], max_t
     return PairScores(scores_2N[0], scores_2N[1], 1000 * seconds / max(1, 2 * len(examples)))
 
 
-def collated(model: RewardModel, pairs: Sequence[PreferenceExample]) -> PairBatch:
+def collated(model: RewardModel | RewardEnsemble, pairs: Sequence[PreferenceExample]) -> PairBatch:
     """Pairs as the model scores them: their prompts are read once where it allows that."""
     pad = model.tokenizer.pad_token_id
     made = pair_forest(pairs, pad, model.suffix_ids) if model.takes_forests else pair_batch(pairs, pad)
@@ -214,16 +267,26 @@ def row_width(shares_prompts: bool) -> Callable[[PreferenceExample], int]:
     return lambda pair: 2 * longest_side(pair)
 
 
-def report(model: RewardModel, held_out: Sequence[PreferenceExample], config: RewardConfig, run: Run) -> None:
+def report(
+    model: RewardModel | RewardEnsemble, held_out: Sequence[PreferenceExample], config: RewardConfig, run: Run
+) -> None:
     """Set the model's scale, and say how well it orders held-out pairs beside what length alone achieves.
 
     The numbers, also by family or subset of the data, are kept in `<run>/reward_report.json`.
     """
-    scores = score_pairs(model, held_out, config.training.max_tokens_per_micro_batch)
-    both = torch.cat([scores.chosen_B, scores.rejected_B])
-    model.scale = ScoreScale(float(both.mean()), float(both.std()) if float(both.std()) > 0 else 1.0)
+    limit = config.training.max_tokens_per_micro_batch
+    members = model.members if isinstance(model, RewardEnsemble) else [model]
+    of_each = [score_pairs(member, held_out, limit) for member in members]
+    scores, more = of_each[0], dict[str, Any]()
+    if isinstance(model, RewardEnsemble):
+        for member, its_scores in zip(model.members, of_each, strict=True):
+            member.scale = scale_of(its_scores)
+        scores, more = ensemble_report(model, of_each, run)
+    else:
+        model.scale = scale_of(scores)
     measured = reward_accuracy(as_reward_pairs(held_out, scores), scores.ms_per_sample)
-    (run.folder / "reward_report.json").write_text(json.dumps(asdict(measured), indent=1) + "\n", encoding="utf-8")
+    described = json.dumps(asdict(measured) | more, indent=1) + "\n"
+    (run.folder / "reward_report.json").write_text(described, encoding="utf-8")
     run.logger.info(
         f"accuracy {measured.accuracy.estimate:.3f} [{measured.accuracy.low:.3f}, {measured.accuracy.high:.3f}] on "
         f"{measured.num_pairs} pairs; longer wins {measured.longer_wins.estimate:.3f}, shorter wins "
@@ -232,6 +295,27 @@ def report(model: RewardModel, held_out: Sequence[PreferenceExample], config: Re
     )
     for family, accuracy in measured.by_family.items():
         run.logger.info(f"  {family}: accuracy {accuracy.estimate:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]")
+
+
+def ensemble_report(
+    ensemble: RewardEnsemble, of_each: Sequence[PairScores], run: Run
+) -> tuple[PairScores, dict[str, Any]]:
+    """The combined scores, and what the members say apart; they should differ most where the ensemble is wrong."""
+    found = together(of_each)
+    chosen_B, rejected_B = ensemble.combined(found.standardised_K2N)
+    scores = PairScores(chosen_B, rejected_B, sum(one.ms_per_sample for one in of_each))
+    is_right_N = chosen_B > rejected_B
+    apart = {
+        "of_scores": float(found.disagreement_2N.mean()),
+        "of_margins_where_right": found.disagreement_on(is_right_N),
+        "of_margins_where_wrong": found.disagreement_on(~is_right_N),
+    }
+    run.logger.info(
+        f"{len(of_each)} members, accuracies {', '.join(f'{a:.3f}' for a in found.accuracies)}; they differ by "
+        f"{apart['of_scores']:.2f} deviations in a score, in a margin by {apart['of_margins_where_right']:.2f} where "
+        f"the {ensemble.rule} is right and {apart['of_margins_where_wrong']:.2f} where it is wrong"
+    )
+    return scores, {"ensemble": {"rule": ensemble.rule, "accuracies": found.accuracies, "disagreement": apart}}
 
 
 def as_reward_pairs(examples: Sequence[PreferenceExample], scores: PairScores) -> list[RewardPair]:

@@ -42,7 +42,7 @@ from rlhf.infra.config import Config
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.infra.run_folder import RUN_INFO, read_run_info
-from rlhf.models.reward_model import ClassifierReward, RewardModel, load_reward_model
+from rlhf.models.reward_model import AnyReward, ClassifierReward, RewardEnsemble, load_reward_model
 from rlhf.recipes.answers import askable
 from rlhf.recipes.launch import launch
 from rlhf.recipes.stages import REWARD_MODEL, locate
@@ -92,7 +92,7 @@ class RewardReportConfig(Config):
 class ReportParts:
     """The model and the pairs it is measured on."""
 
-    model: RewardModel | ClassifierReward
+    model: AnyReward
     pairs: list[PreferenceExample]
     dropped: str
 
@@ -200,7 +200,7 @@ def fitted_temperature(
 
 
 @torch.no_grad()
-def padding_check(model: RewardModel | ClassifierReward, rows: Sequence[Sequence[int]], std: float) -> PaddingCheck:
+def padding_check(model: AnyReward, rows: Sequence[Sequence[int]], std: float) -> PaddingCheck:
     """Score rows of different lengths alone and in padded batches, some columns wider than the longest needs."""
     chosen = sorted(rows, key=len)[:: max(1, len(rows) // _PADDED_ROWS)][:_PADDED_ROWS]
     device, pad = next(model.parameters()).device, model.tokenizer.pad_token_id
@@ -213,7 +213,7 @@ def padding_check(model: RewardModel | ClassifierReward, rows: Sequence[Sequence
         torch.nn.functional.pad(right.attention_mask_BT, wider, value=False),
     )
     gap = float((on_right - alone).abs().max()) / std
-    if not isinstance(model, RewardModel) or model.backbone.is_encoder:
+    if isinstance(model, ClassifierReward) or model.backbone.is_encoder:
         return PaddingCheck(len(chosen), gap, None)
     left = pad_left(chosen, pad).to(device)
     wider = (_EXTRA_COLUMNS, 0)
@@ -246,17 +246,19 @@ def group_of(example: PreferenceExample) -> str:
     return str(columns.get("family", columns.get("subset", "all")))
 
 
-def model_facts(model: RewardModel | ClassifierReward, config: RewardReportConfig, run: Run) -> dict[str, str]:
+def model_facts(model: AnyReward, config: RewardReportConfig, run: Run) -> dict[str, str]:
     """What the model is, from its files."""
     num = sum(parameter.numel() for parameter in model.parameters())
     checksum = run.info["fingerprints"]["reward_model"][:16]
     facts = {"name": config.reward_model, "weights": f"{num:,}, checksum {checksum}"}
-    if isinstance(model, RewardModel):
-        facts |= {"base": model.backbone.name, "pooling": model.pooling, "adapter": str(model.adapter or "none")}
-        facts |= {"suffix": model.suffix} if model.suffix else {}
-    else:
-        facts["kind"] = "sequence classifier with one label"
-    return facts
+    if isinstance(model, ClassifierReward):
+        return facts | {"kind": "sequence classifier with one label"}
+    if isinstance(model, RewardEnsemble):
+        facts["kind"] = f"ensemble of {len(model.members)}, rule {model.rule}"
+        facts["kind"] += f", penalty {model.penalty:g}" if model.rule == "penalised" else ""
+    one = model.members[0] if isinstance(model, RewardEnsemble) else model
+    facts |= {"base": one.backbone.name, "pooling": one.pooling, "adapter": str(one.adapter or "none")}
+    return facts | ({"suffix": one.suffix} if one.suffix else {})
 
 
 def training_facts(config: RewardReportConfig) -> dict[str, str]:

@@ -25,7 +25,7 @@ from rlhf.models.lora import LoRAConfig, merge_lora_weights
 from rlhf.models.policy import Policy
 from rlhf.models.quantized import read_quantisation, write_quantisation
 from rlhf.models.reference import Reference
-from rlhf.models.reward_model import load_reward_model
+from rlhf.models.reward_model import AnyReward, RewardEnsemble, load_reward_model
 from rlhf.models.value_head import ValueHead
 from rlhf.rewards.learned import LearnedReward
 from rlhf.rewards.protocol import CombinedReward, RewardFunction, RewardTerm, RewardTermConfig, load_function
@@ -212,11 +212,15 @@ def build_reward(
         UserError: a name means nothing, or `model` is asked for and `reward_model` names none.
     """
     made, rules = [], RULES | VERIFIERS
-    for term in terms:
-        if term.name == "model":
-            if reward_model is None:
-                raise UserError("the reward `model` needs reward_model=<run, folder or hub name>, or use rules alone")
-            model = load_reward_model(locate(reward_model, output_dir, REWARD_MODEL), backbone, backbone.dtype_name)
+    for place, term in enumerate(terms):
+        if term.is_learned:
+            if term.model is not None and term.name in rules:
+                raise UserError(
+                    f"the reward '{term.name}' is a rule; give the term with model={term.model} another name"
+                )
+            # Adapters of several reward models stand on the one base.
+            adapter = "reward" if place == 0 else f"reward_of_term_{place}"
+            model = load_term_model(term, reward_model, output_dir, backbone, adapter)
             function: RewardFunction = LearnedReward(model, backbone.tokenizer, system_prompt)
         elif term.name in rules:
             function = make_rule(term.name, term.arguments, rules)
@@ -228,6 +232,34 @@ def build_reward(
             )
         made.append(RewardTerm(term.name, function, term.weight))
     return CombinedReward(made)
+
+
+def load_term_model(
+    term: RewardTermConfig, reward_model: str | None, output_dir: Path, backbone: Backbone, adapter: str = "reward"
+) -> AnyReward:
+    """The reward model behind a term, its own or the recipe's; an ensemble combines its members as the term says.
+
+    Raises:
+        UserError: no model is named, or the term says how to combine the members of what has none.
+    """
+    source = term.model or reward_model
+    if source is None:
+        raise UserError("the reward `model` needs reward_model=<run, folder or hub name>, or use rules alone")
+    model = load_reward_model(locate(source, output_dir, REWARD_MODEL), backbone, backbone.dtype_name, adapter)
+    if isinstance(model, RewardEnsemble):
+        model.rule = term.rule or model.rule
+        model.penalty = model.penalty if term.penalty is None else term.penalty
+        if term.penalty is not None and model.rule != "penalised":
+            raise UserError(
+                f"the reward '{term.name}' has a penalty, but the rule of the ensemble '{source}' is {model.rule}; "
+                "give the term rule: penalised too"
+            )
+    elif term.rule is not None or term.penalty is not None:
+        raise UserError(
+            f"the reward '{term.name}' says how an ensemble is combined, but '{source}' is a single reward model; "
+            "train one with `rlhf rm reward.ensemble.members=4`, or leave rule and penalty out"
+        )
+    return model
 
 
 class PolicyShelf:

@@ -37,7 +37,7 @@ from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.infra.run_folder import RUN_INFO
 from rlhf.models.choices import choice_logprobs
-from rlhf.models.reward_model import ClassifierReward, RewardModel
+from rlhf.models.reward_model import AnyReward
 from rlhf.recipes.answers import askable, cached_answers, texts_of
 from rlhf.recipes.evaluate import EvaluateConfig, load_scorer, reference_of, run_evaluation
 from rlhf.recipes.launch import launch
@@ -55,7 +55,7 @@ class SuiteParts:
 
     suites: list[Suite]
     models: dict[str, LoadedPolicy]
-    scorer: RewardModel | ClassifierReward | None
+    scorer: AnyReward | None
     baseline: list[SuiteResult]
     baseline_answers: Answers
 

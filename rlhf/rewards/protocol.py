@@ -17,36 +17,68 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import Field, model_validator
 
 from rlhf.data.rows import Prompt
 from rlhf.infra.config import Config
 from rlhf.infra.errors import UserError
+from rlhf.models.ensemble import EnsembleRuleName
 
 RewardFunction = Callable[..., Sequence[float]]
+
+
+@runtime_checkable
+class DetailedReward(Protocol):
+    """A reward that has more to say of an answer than its value, for the log: `detailed` gives both."""
+
+    def detailed(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
+    ) -> tuple[list[float], dict[str, list[float]]]:
+        """Values, and further numbers of every answer by name."""
 
 
 class RewardTermConfig(Config):
     """One reward and its weight."""
 
     name: str = Field(
-        description="a rule or verifier, `model`, or a function as `module:function` or `file.py:function`"
+        description="a rule or verifier, `model`, or a function as `module:function` or `file.py:function`; where "
+        "`model` is given, any name"
+    )
+    model: str | None = Field(
+        None, description="run, folder or hub name of the reward model behind this term; null: `reward_model`"
     )
     weight: float = Field(1.0, description="what its value is multiplied with before all terms are added")
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="settings of a rule or verifier, such as `text` of target_string"
     )
+    rule: EnsembleRuleName | None = Field(
+        None, description="how an ensemble's members become one score here; null: as it was saved"
+    )
+    penalty: float | None = Field(
+        None, ge=0, description="weight of the variance where that rule is penalised; null: as it was saved"
+    )
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether a reward model is behind it."""
+        return self.name == "model" or self.model is not None
 
     @model_validator(mode="after")
-    def _only_rules_take_arguments(self) -> RewardTermConfig:
-        if self.arguments and (self.name == "model" or ":" in self.name):
+    def _keys_fit_the_kind(self) -> RewardTermConfig:
+        if self.arguments and (self.is_learned or ":" in self.name):
             raise ValueError(
                 f"the reward '{self.name}' takes no arguments, only rules and verifiers do; got {self.arguments}"
             )
+        if self.model is not None and ":" in self.name:
+            raise ValueError(f"the reward '{self.name}' is a function, and model={self.model} names another; use one")
+        if not self.is_learned and (self.rule is not None or self.penalty is not None):
+            raise ValueError(f"the reward '{self.name}' has no members; rule and penalty are about ensembles")
+        if self.penalty is not None and self.rule not in (None, "penalised"):
+            raise ValueError(f"the reward '{self.name}' has a penalty, but its rule is {self.rule}; use penalised")
         return self
 
 
@@ -61,10 +93,27 @@ class RewardTerm:
 
 @dataclass(frozen=True)
 class Scores:
-    """The weighted sum per answer, and each term's own values before weighting."""
+    """The weighted sum per answer, and each term's own values before weighting.
+
+    `details` are numbers that a term has besides, by `<term>/<name>`, such as what members of an ensemble say.
+    """
 
     total: list[float]
     by_term: dict[str, list[float]]
+    details: dict[str, list[float]] = field(default_factory=dict)
+
+    def select(self, rows: Sequence[int]) -> Scores:
+        """Those of some answers, in this order."""
+        return Scores([self.total[row] for row in rows], _rows_of(self.by_term, rows), _rows_of(self.details, rows))
+
+
+def joined_scores(parts: Sequence[Scores]) -> Scores:
+    """Those of several batches behind each other, by the same terms."""
+    return Scores(
+        [value for part in parts for value in part.total],
+        {name: [value for part in parts for value in part.by_term[name]] for name in parts[0].by_term},
+        {name: [value for part in parts for value in part.details[name]] for name in parts[0].details},
+    )
 
 
 class CombinedReward:
@@ -73,12 +122,7 @@ class CombinedReward:
     def __init__(self, terms: Sequence[RewardTerm]) -> None:
         if not terms:
             raise UserError("no reward was given; name at least one under `rewards`, a rule or `model`")
-        self.terms = list(terms)
-        counts: Counter[str] = Counter()
-        self.names: list[str] = []
-        for term in self.terms:
-            counts[term.name] += 1
-            self.names.append(term.name if counts[term.name] == 1 else f"{term.name}_{counts[term.name]}")
+        self.terms, self.names = list(terms), term_names(terms)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -90,13 +134,28 @@ class CombinedReward:
         """
         total = [0.0] * len(completions)
         by_term: dict[str, list[float]] = {}
+        details: dict[str, list[float]] = {}
         for name, term in zip(self.names, self.terms, strict=True):
-            returned = list(term.function(prompts, completions, **columns))
+            if isinstance(term.function, DetailedReward):
+                returned, more = term.function.detailed(prompts, completions, **columns)
+                details |= {f"{name}/{key}": values for key, values in more.items()}
+            else:
+                returned = list(term.function(prompts, completions, **columns))
             if len(returned) != len(completions):
                 raise UserError(f"reward '{name}' returned {len(returned)} values for {len(completions)} completions")
             values = by_term[name] = [_finite(value, name, place) for place, value in enumerate(returned)]
             total = [t + term.weight * v for t, v in zip(total, values, strict=True)]
-        return Scores(total, by_term)
+        return Scores(total, by_term, details)
+
+
+def term_names(terms: Sequence[RewardTerm | RewardTermConfig]) -> list[str]:
+    """What the terms are called in the log: a second one of the same name gets its number behind it."""
+    counts: Counter[str] = Counter()
+    names: list[str] = []
+    for term in terms:
+        counts[term.name] += 1
+        names.append(term.name if counts[term.name] == 1 else f"{term.name}_{counts[term.name]}")
+    return names
 
 
 def load_function(name: str, role: str = "reward") -> RewardFunction:
@@ -131,6 +190,10 @@ def load_function(name: str, role: str = "reward") -> RewardFunction:
         raise UserError(f"{role} '{name}' must take **columns beside prompts and completions")
     result: RewardFunction = function
     return result
+
+
+def _rows_of(columns: Mapping[str, Sequence[float]], rows: Sequence[int]) -> dict[str, list[float]]:
+    return {name: [values[row] for row in rows] for name, values in columns.items()}
 
 
 def _finite(value: Any, name: str, place: int) -> float:

@@ -89,8 +89,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, objec
     found["refuser"] = write_model(folder / "refuser", [REFUSAL, *WORDS[:6]], 0.1)
     found["absent_device"] = "mps" if torch.cuda.is_available() else "cuda"
     made = {"runs": folder, **found}
-    for name, recipe, seed in [("policy", "sft", 0), ("reward", "reward", 0), ("other_reward", "reward", 1)]:
-        texts = [*overrides(recipe, Changes(""), made), f"run.name={name}", f"run.seed={seed}"]
+    for name, recipe, *more in [
+        ("policy", "sft"),
+        ("reward", "reward"),
+        ("other_reward", "reward", "run.seed=1"),
+        ("ensemble", "reward", "reward.ensemble.members=3"),
+    ]:
+        texts = [*overrides(recipe, Changes(""), made), f"run.name={name}", *more]
         RUNNERS[recipe](load_config(CONFIGS[recipe], overrides=texts))
         found[name] = folder / name
     made = {"runs": folder, **found}

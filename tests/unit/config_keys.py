@@ -24,6 +24,7 @@ from rlhf.infra.config_errors import sections_in
 from rlhf.infra.experiment import RunConfig
 from rlhf.models.backbone import ModelConfig
 from rlhf.models.decoding import GenerationConfig
+from rlhf.models.ensemble import EnsembleConfig
 from rlhf.models.lora import LoRAConfig
 from rlhf.models.process_reward_model import ProcessRewardModelConfig
 from rlhf.models.reward_model import RewardModelConfig
@@ -128,6 +129,9 @@ SMALL_WORLD = (*TINYCHAT, "suite.num_ood=1", "suite.num_probes=1")
 # Suites bring their questions along: what the other cases say of data and prompts is taken back.
 SUITES = ("data.train_files=null", "suite.num_heldout=null", "suites=[preferences:{more}]")
 MODEL_REWARD = ("rewards=[{{name: model}}]", "reward_model={reward}")
+ENSEMBLE_REWARD = ("rewards=[{{name: model}}]", "reward_model={ensemble}")
+PENALISED = ("rewards=[{{name: model, rule: penalised}}]", "reward_model={ensemble}")
+RULES_WITHOUT_ARGUMENTS = ("rewards=[{{name: keyword_sentiment}}]",)
 READS_NO_ROWS = ("judge_compare", "judge_validate")  # of the `data` section that SHARED names
 LENGTH_JUDGE, COLUMN_JUDGE = ("judges=[{{kind: length}}]",), ("judges=[{{kind: column, column: finished}}]",)
 TWO_JUDGES = ("judges=[{{kind: length}}, {{kind: length, prefer: shorter}}]",)
@@ -319,6 +323,23 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
             Changes("{{text: green}}", RULES_ONLY),
             Refused("{{text: red}}", "takes no arguments", MODEL_REWARD),
         ],
+        "model": [
+            Changes("{other_reward}", ("rewards=[{{name: helpful, model: {reward}}}]",)),
+            Refused("{other_reward}", "no term of `rewards` is called model", MODEL_REWARD),
+            Refused("{reward}", "names another", ("rewards=[{{name: 'math:sqrt'}}]",)),
+            Fails("{reward}", "is a rule", RULES_WITHOUT_ARGUMENTS),
+        ],
+        "rule": [
+            Changes("worst", ENSEMBLE_REWARD),
+            Fails("worst", "is a single reward model", MODEL_REWARD),
+            Refused("worst", "has no members"),
+        ],
+        "penalty": [
+            Changes("9", PENALISED),
+            Fails("9", "is mean", ENSEMBLE_REWARD),
+            Refused("9", "its rule is worst", ("rewards=[{{name: model, rule: worst}}]",)),
+            Refused("9", "has no members"),
+        ],
     },
     PPOSettings: {
         "num_iterations": [Changes("3")],
@@ -368,6 +389,19 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "pooling": [Changes("mean")],
         "suffix": [Changes("big")],
         "train": [Changes("full"), Changes("frozen")],
+    },
+    EnsembleConfig: {
+        "members": [
+            Changes("3"),
+            Changes("2", ("reward.train=frozen",)),
+            Refused("2", "a base of its own", ("reward.train=full",)),
+        ],
+        "rule": [Changes("worst", (".members=2",)), Refused("worst", IDLE)],
+        "penalty": [
+            Changes("9", (".members=2", ".rule=penalised")),
+            Refused("9", IDLE, (".members=2",)),
+            Refused("9", IDLE),
+        ],
     },
     ArchitectureConfig: {
         "hidden_size": [Changes("48"), Refused("25", "must be a multiple")],
@@ -654,6 +688,15 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
         "data.max_validation_samples": [Refused("1", IDLE)],
         "rewards.0.arguments": [Changes("{{text: green}}", RULES_ONLY)],
         "rewards.0.weight": [Changes("0.1")],
+        "rewards.0.model": [Changes("{other_reward}", ("rewards=[{{name: a, model: {reward}}}]",))],
+        "rewards.0.rule": [
+            Changes("worst", ("rewards=[{{name: a, model: {ensemble}}}]", "sampling.right_from=0")),
+            Refused("worst", "has no members"),
+        ],
+        "rewards.0.penalty": [
+            Changes("9", ("rewards=[{{name: a, model: {ensemble}, rule: penalised}}]", "sampling.right_from=0")),
+            Refused("9", "has no members"),
+        ],
         "model.attn_implementation": [Changes("sdpa")],
         "generation.temperature": [Changes("0.7"), Refused("0", "all solutions of a question")],
         "generation.top_p": [Changes("0.5"), Refused("0.5", IDLE, GREEDY)],

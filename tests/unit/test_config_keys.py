@@ -16,7 +16,19 @@ from rlhf.recipes.resume import CONFIGS
 
 KEYS = list(stage_keys())
 STAGES = [recipe for recipe in CONFIGS if recipe != "pipeline"]
-NAMES = ("runs", "elsewhere", "base", "other", "tokenizer", "refuser", "policy", "reward", "other_reward", "measured")
+NAMES = (
+    "runs",
+    "elsewhere",
+    "base",
+    "other",
+    "tokenizer",
+    "refuser",
+    "policy",
+    "reward",
+    "other_reward",
+    "measured",
+    "ensemble",
+)
 DATA = ("pairs", "more", "renamed", "hh", "chats", "steps", "more_steps", "renamed_steps", "hh_steps")
 PLACES = {name: f"somewhere/{name}" for name in NAMES} | {name: f"{name}.jsonl" for name in DATA}
 PLACES |= {name: f"{name}.jsonl" for name in ("answers", "other_answers", "labelled", "more_labelled")}

@@ -266,3 +266,25 @@ def test_a_skipped_step_spoils_no_mean_unless_it_stands_alone() -> None:
     assert all(math.isnan(value) for value in mean_reports([bad, bad]).values())
     assert math.isnan(mean_loss([bad]))
     assert math.isnan(largest([1.0, math.nan])) and math.isnan(largest([math.nan, 1.0]))
+
+
+def test_parts_that_are_clipped_apart_move_as_if_each_were_trained_alone() -> None:
+    torch.manual_seed(0)
+    start = [nn.Linear(4, 1).double(), nn.Linear(4, 1).double()]
+    targets = (1.0, 500.0)  # the second one's gradients are far larger than any bound
+
+    def errors(models: nn.ModuleList, which: range) -> Callable[[Tensor], LossOutput]:
+        return lambda x: LossOutput(sum((models[i](x) - targets[i]).square().sum() for i in which))  # type: ignore[arg-type]
+
+    config = OptimizerConfig(max_grad_norm=0.5, adam_epsilon=1.0)  # so large that Adam does not undo the clipping
+    together = nn.ModuleList(copy.deepcopy(start))
+    names = [[f"{i}.{name}" for name, _ in start[i].named_parameters()] for i in range(2)]
+    trainer = Trainer(dict(together.named_parameters()), config, 3, clipped_apart=names)
+    alone = nn.ModuleList(copy.deepcopy(start))
+    each = [Trainer(dict(alone[i].named_parameters()), config, 3) for i in range(2)]
+    for _ in range(3):
+        whole = trainer.step([rows()], errors(together, range(2)))
+        norms = [each[i].step([rows()], errors(alone, range(i, i + 1))).grad_norm for i in range(2)]
+        assert whole.grad_norm == pytest.approx(math.hypot(*norms))
+    for first, second in zip(together.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(first, second)

@@ -14,9 +14,7 @@ from rlhf.data.chat import TokenExample
 from rlhf.data.collate import pad_left, pad_right
 from rlhf.eval.doctor.finding import REPEAT_BOUNDS, Bounds, Check, Finding, Gap
 from rlhf.infra.errors import UserError
-from rlhf.models.reward_model import ClassifierReward, RewardModel
-
-AnyReward = RewardModel | ClassifierReward
+from rlhf.models.reward_model import AnyReward, ClassifierReward, RewardEnsemble, RewardModel
 
 PLACE = Check("V8", "a score belongs to its answer alone", "rewards change with the batch, or are read off padding")
 HEAD = Check("V9", "the reward head survives save and load", "PPO climbs the scores of a random head")
@@ -39,7 +37,7 @@ def scores_ignore_the_batch(model: AnyReward, rows: Sequence[Sequence[int]], dty
     """
     alone_B, pad = torch.cat([_scores(model, [row]) for row in rows]), model.tokenizer.pad_token_id
     ways = {"in a batch": _scores(model, rows), "with wide padding": _scores(model, rows, extra=_EXTRA)}
-    if isinstance(model, RewardModel):
+    if not isinstance(model, ClassifierReward):
         ways["padded on the left"] = _scores(model, rows, extra=_EXTRA, left=True)
         ways["padded with EOS"] = _scores(model, rows, pad=model.tokenizer.eos_token_id)
     gaps = {name: Gap.between(alone_B, scores_B) for name, scores_B in ways.items()}
@@ -65,7 +63,10 @@ def scores_ignore_the_batch(model: AnyReward, rows: Sequence[Sequence[int]], dty
 
 @torch.no_grad()
 def head_survives_saving(
-    model: RewardModel, rows: Sequence[Sequence[int]], load: Callable[[Path], RewardModel], dtype_name: str
+    model: RewardModel | RewardEnsemble,
+    rows: Sequence[Sequence[int]],
+    load: Callable[[Path], RewardModel | RewardEnsemble],
+    dtype_name: str,
 ) -> Finding:
     """V9 before training: saved and loaded again, adapter and head give identical scores.
 
