@@ -22,6 +22,7 @@ from transformers import get_scheduler
 
 from rlhf.infra.checkpoint import optimizer_tensors, restore_optimizer
 from rlhf.infra.config import Config
+from rlhf.infra.device import to_floats
 from rlhf.infra.errors import UserError
 
 MicroBatch = TypeVar("MicroBatch")
@@ -132,18 +133,16 @@ class Trainer:
         if self.exhausted:
             raise NonFiniteError(f"{self.skipped_in_a_row} optimizer steps in a row were not finite")
         self.optimizer.zero_grad(set_to_none=True)
-        total, metrics, maxima = 0.0, dict[str, float](), dict[str, float]()
+        outputs = []
         for micro_batch in micro_batches:
             output = loss_fn(micro_batch)
             self.scaler.scale(output.loss).backward()  # type: ignore[no-untyped-call]
-            total += float(output.loss.detach())
-            for name, value in output.metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + float(value)
-            for name, value in output.maxima.items():
-                maxima[name] = largest([*([maxima[name]] if name in maxima else []), float(value)])
+            outputs.append(_without_graph(output))
+            del output  # its graph must not live on beside that of the next micro-batch
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        grad_norm, learning_rate = float(norm), self.learning_rate
+        grad_norm, total, metrics, maxima = _read(norm, outputs)
+        learning_rate = self.learning_rate
         culprit = self._first_nonfinite(total, grad_norm)
         # Clipping by a norm that is no number would make every gradient one, and hide which was the first.
         if culprit is None:
@@ -202,6 +201,30 @@ class Trainer:
         self.step_count, self.skipped_count, self.skipped_in_a_row = plain["counts"]
         if self.exhausted:
             self.skipped_in_a_row = 0
+
+
+def _without_graph(output: LossOutput) -> LossOutput:
+    return LossOutput(
+        output.loss.detach(),
+        {name: value.detach() for name, value in output.metrics.items()},
+        {name: value.detach() for name, value in output.maxima.items()},
+    )
+
+
+def _read(norm: Tensor, outputs: Sequence[LossOutput]) -> tuple[float, float, dict[str, float], dict[str, float]]:
+    """Norm, loss, metrics and maxima of a step. All are asked for together: each question would wait for the device."""
+    asked = [norm, *(s for o in outputs for s in (o.loss, *o.metrics.values(), *o.maxima.values()))]
+    grad_norm, *found = to_floats(asked)
+    values = iter(found)
+    total, metrics, maxima = 0.0, dict[str, float](), dict[str, float]()
+    for output in outputs:
+        total += next(values)
+        for name in output.metrics:
+            metrics[name] = metrics.get(name, 0.0) + next(values)
+        for name in output.maxima:
+            value = next(values)
+            maxima[name] = largest([maxima.get(name, value), value])
+    return grad_norm, total, metrics, maxima
 
 
 def schedule(config: OptimizerConfig, num_training_steps: int) -> Callable[[int], float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from rlhf.infra.errors import UserError
 
@@ -59,3 +61,19 @@ def set_num_threads(num_threads: int | None) -> int:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     return torch.get_num_threads()
+
+
+def to_floats(scalars: Sequence[Tensor]) -> list[float]:
+    """The values of one-element tensors. Those of one device and format come over together.
+
+    On a GPU every `float(...)` waits until all that was asked of it before is done; here that is one wait for all.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, scalar in enumerate(scalars):
+        groups.setdefault((scalar.device, scalar.dtype), []).append(place)
+    values = [0.0] * len(scalars)
+    for places in groups.values():
+        together = torch.stack([scalars[place].reshape(()) for place in places]).tolist()
+        for place, value in zip(places, together, strict=True):
+            values[place] = float(value)
+    return values

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf.infra.device import autocast, check_dtype, resolve_device, set_num_threads, torch_dtype
+from rlhf.infra.device import autocast, check_dtype, resolve_device, set_num_threads, to_floats, torch_dtype
 from rlhf.infra.errors import UserError
 
 
@@ -54,3 +54,20 @@ def test_threads() -> None:
         assert set_num_threads(1) == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_scalars_of_all_formats_keep_their_order_and_their_bits() -> None:
+    scalars = [
+        torch.tensor(0.1),
+        torch.tensor(0.1, dtype=torch.float64),
+        torch.tensor([0.3]),
+        torch.tensor(2**53 - 1),
+        torch.tensor(0.1, dtype=torch.bfloat16),
+        torch.tensor(True),
+        torch.tensor(float("inf")),
+    ]
+    assert to_floats(scalars) == [float(scalar) for scalar in scalars]
+    assert all(type(value) is float for value in to_floats(scalars))
+    assert to_floats([]) == []
+    with pytest.raises(RuntimeError):
+        to_floats([torch.zeros(2)])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
+from sync_counter import counted_syncs
 from torch import Tensor, nn
 
 from rlhf.algo.trainer import (
@@ -288,3 +290,67 @@ def test_parts_that_are_clipped_apart_move_as_if_each_were_trained_alone() -> No
         assert whole.grad_norm == pytest.approx(math.hypot(*norms))
     for first, second in zip(together.parameters(), alone.parameters(), strict=True):
         assert torch.equal(first, second)
+
+
+def test_a_step_waits_for_the_device_once_whatever_it_is_made_of() -> None:
+    def with_metrics(model: nn.Module, count: int) -> Callable[[Tensor], LossOutput]:
+        def loss(part: Tensor) -> LossOutput:
+            error = (model(part) - 1).square().sum() / 12
+            metrics = {f"m{i}": error.detach() * i for i in range(count)}
+            return LossOutput(error, metrics, {f"largest{i}": error.detach() + i for i in range(count)})
+
+        return loss
+
+    found = []
+    for size, num_metrics in ((12, 0), (12, 9), (1, 0), (1, 9)):
+        model = small_model()
+        trainer = trainer_of(model)
+        trainer.step([rows()], with_metrics(model, 1))  # what is set up in a first step does not count
+        with counted_syncs() as syncs:
+            trainer.step(rows(1).split(size), with_metrics(model, num_metrics))
+        found.append(dict(syncs))
+    assert found == [{"tolist": 1}] * 4
+
+
+def test_the_counter_of_waits_sees_what_it_is_there_for() -> None:
+    values = torch.arange(3.0)
+    with counted_syncs() as syncs:
+        float(values.sum()), bool(values[0] == 1), int(values[1]), values[2].item()
+        values[values > 0], values.tolist(), values.cpu(), torch.equal(values, values), values.nonzero()
+        values + 1, values[:2], values.where(values > 0, 0.0)
+    assert syncs == {"item": 4, "index by mask": 1, "tolist": 1, "cpu": 1, "equal": 1, "nonzero": 1}
+
+
+def test_numbers_of_a_step_are_those_of_floats_added_one_by_one() -> None:
+    """Bit for bit: what was a float per scalar and is one reading of all of them must not move a log."""
+    torch.manual_seed(1)
+    parts = [torch.randn(4) for _ in range(7)]
+    weight = nn.Parameter(torch.randn(4))
+
+    def loss(part: Tensor) -> LossOutput:
+        output = (weight * part).sum()
+        return LossOutput(output, {"a": output.detach() / 3, "b": part.std().double()}, {"top": part.max()})
+
+    outputs = [loss(part) for part in parts]
+    total, first, second, top = 0.0, 0.0, 0.0, -math.inf
+    for output in outputs:
+        total += float(output.loss)
+        first += float(output.metrics["a"])
+        second += float(output.metrics["b"])
+        top = max(top, float(output.maxima["top"]))
+    report = Trainer({"weight": weight}, OptimizerConfig(), 10).step(parts, loss)
+    assert (report.loss, report.metrics, report.maxima) == (total, {"a": first, "b": second}, {"top": top})
+
+
+def test_what_is_kept_of_a_micro_batch_holds_no_graph() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    kept: list[weakref.ref[Tensor]] = []
+
+    def loss(part: Tensor) -> LossOutput:
+        product = weight * part
+        assert all(earlier() is None for earlier in kept)
+        kept.append(weakref.ref(product))
+        return LossOutput(product.sum(), {"with_graph": product.sum()}, {"top_with_graph": product.max()})
+
+    Trainer({"weight": weight}, OptimizerConfig(), 10).step(torch.ones(4, 3).unbind(), loss)
+    assert len(kept) == 4
