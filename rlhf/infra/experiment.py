@@ -5,6 +5,7 @@ runs/<name>/
     run.json       recipe, seed, versions, commit, threads, data hashes, lineage, status
     logs/  tb/     see rlhf.infra.logger
     checkpoints/   see rlhf.infra.checkpoint
+    profile/       see rlhf.infra.step_profiler
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from rlhf.infra.checkpoint import Checkpoint, CheckpointStore
@@ -30,6 +31,7 @@ from rlhf.infra.durable import disk_errors_named, write_json, write_text
 from rlhf.infra.errors import UserError
 from rlhf.infra.interrupt import InterruptFlag
 from rlhf.infra.logger import RunLogger, check_wandb_installed
+from rlhf.infra.profiling import PhaseTimer
 from rlhf.infra.run_folder import (
     CONFIG,
     OVERWRITTEN,
@@ -43,6 +45,7 @@ from rlhf.infra.run_folder import (
     refuse_taken,
     utc_now,
 )
+from rlhf.infra.step_profiler import StepProfiler
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 StopReason = Literal["interrupted", "max_minutes"]
@@ -65,12 +68,24 @@ class RunConfig(Config):
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay on disk")
     wandb: bool = Field(False, description="also log to Weights & Biases (extra 'wandb')")
     overwrite: bool = Field(False, description="replace an existing run of the same name")
+    profile: bool = Field(False, description="trace some steps with torch.profiler into <run>/profile")
+    profile_steps: tuple[int, int] = Field(
+        (2, 3), description="first and last step (PPO: iteration) traced, counted from 1 as in the log"
+    )
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _is_a_range(cls, steps: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= steps[0] <= steps[1]:
+            raise ValueError(f"got {list(steps)}, expected the first and the last step, counted from 1, such as [2, 3]")
+        return steps
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
+        idle = {} if self.profile else {"profile_steps": "run.profile is false"}
         if self.overwrite and self.name is None:
-            return {"overwrite": "without run.name the run gets a folder that is not there yet"}
-        return {}
+            idle["overwrite"] = "without run.name the run gets a folder that is not there yet"
+        return idle
 
 
 class Run:
@@ -95,6 +110,9 @@ class Run:
         self.logger = RunLogger(
             folder, wandb=self.config.wandb, resume_step=self._resume_step(), resume_bytes=state.get("log_bytes")
         )
+        self.timer = PhaseTimer(self.device)
+        traces = folder / "profile" if self.config.profile else None
+        self.profiler = StepProfiler(traces, self.config.profile_steps, self.timer, self.device, self.logger.info)
 
     @classmethod
     def create(
@@ -203,11 +221,11 @@ class Run:
         if self.info["status"] != "running":
             return
         self.info |= {"status": status, "ended": utc_now(), "stop_reason": self.stop_reason, "error": error}
-        try:
-            self.logger.close()
-            write_json(self.folder / RUN_INFO, self.info)
-        finally:
-            self._lock.release()
+        with ExitStack() as closing:  # each is done even where another one cannot be
+            closing.callback(self._lock.release)
+            closing.callback(write_json, self.folder / RUN_INFO, self.info)
+            closing.callback(self.logger.close)
+            closing.callback(self.profiler.close)
 
     def __enter__(self) -> Run:
         self._interrupt.__enter__()

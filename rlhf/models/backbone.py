@@ -118,6 +118,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.name, self.dtype_name = model, tokenizer, name, dtype_name
         self.notes = prepare_tokenizer(tokenizer)
+        self.num_tokens_through = 0  # tokens that went through the trunk so far, padding included
         self._in_use: str | None = None
         fuse_activations(self.model)
         # Dropout stays off in every stage: with it on, the ratio of the first PPO step is not 1 and the reference is
@@ -274,6 +275,7 @@ class Backbone(nn.Module):
         to the count of attended tokens before each, so that padding on either side changes nothing, for learned
         positions as for rotary ones. Packed rows come with their own positions and no mask.
         """
+        self.num_tokens_through += input_ids_BT.numel()
         if position_ids_BT is None and attention_mask_BT is not None:
             position_ids_BT = positions_from_mask(attention_mask_BT)
         trunk = self.model.base_model

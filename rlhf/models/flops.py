@@ -4,7 +4,7 @@ Counted is what the mathematics needs: a product of (m, k) with (k, n) is 2 m k 
 products whose gradients somebody wants. Not counted are elementwise work, scalar heads, and what is computed a second
 time to save memory. Attention counts the whole square of queries times keys, as the field does; a kernel that skips the
 half hidden by a causal mask computes less. For dense transformers: of a mixture of experts only those are seen that a
-few probing tokens reach.
+few probing tokens reach. The last MLP is taken to run everywhere, though a caller may want it at some places only.
 
 Legend: I in, O out, r rank, of one linear layer.
 """

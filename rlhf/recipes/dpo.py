@@ -23,7 +23,7 @@ from rlhf.models.policy import Policy
 from rlhf.models.reference import Reference
 from rlhf.recipes.launch import launch
 from rlhf.recipes.offline import idle_policy_keys, kept_logprobs, summed_logprobs, train_policy
-from rlhf.recipes.reward import num_tokens, row_width
+from rlhf.recipes.reward import num_tokens, row_width, tokens_read
 from rlhf.recipes.sft import announce
 from rlhf.recipes.stages import start_policy, start_policy_alone
 from rlhf.recipes.supervised import Method, TrainingConfig, Validation
@@ -136,8 +136,9 @@ def train(config: DPOConfig, run: Run, parts: DPOParts) -> tuple[int, int]:
     announce(run, parts.policy.backbone, str(parts.train.report))
     limit = config.training.max_tokens_per_micro_batch
     held = parts.validation.examples if parts.validation else []
-    train_pass = reference_pass(parts.reference, parts.train, limit, run)
-    validation_pass = reference_pass(parts.reference, parts.validation, limit, run)
+    with run.timer("reference"):
+        train_pass = reference_pass(parts.reference, parts.train, limit, run)
+        validation_pass = reference_pass(parts.reference, parts.validation, limit, run)
     method = dpo_method(parts.policy, parts.train.examples, held, train_pass, validation_pass, config)
     return train_policy(run, parts.policy, method, config.training, config.optimizer, "DPO")
 
@@ -152,7 +153,7 @@ def dpo_method(
 ) -> Method[tuple[PairBatch, Tensor]]:
     """The preference loss on log-ratios to the reference; chosen and rejected go through the policy in one batch."""
     limit, device = config.training.max_tokens_per_micro_batch, policy.backbone.device
-    width = row_width(policy.backbone.takes_forests)
+    width, read = row_width(policy.backbone.takes_forests), tokens_read(policy.backbone.takes_forests)
     preference_loss, settings = config.preference_loss, config.loss_settings
 
     def collate(part: Sequence[PreferenceExample], reference_n2: Tensor) -> list[tuple[PairBatch, Tensor]]:
@@ -197,6 +198,8 @@ def dpo_method(
         loss=loss,
         num_tokens=lambda rows: sum(num_tokens(examples[i]) for i in rows),
         validate=validate if validation else None,
+        backbone=policy.backbone,
+        num_read=lambda rows: sum(read(examples[i]) for i in rows),
     )
 
 

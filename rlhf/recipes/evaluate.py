@@ -98,6 +98,7 @@ class EvaluateConfig(Config):
         """See `Config.idle_keys`."""
         in_one_piece, names_them = "an evaluation runs in one piece", "`models` names them"
         idle = dict.fromkeys(["run.max_minutes", "run.save_every_steps", "run.keep_checkpoints"], in_one_piece)
+        idle |= dict.fromkeys(["run.profile", "run.profile_steps"], "an evaluation has no steps")
         idle["model.name_or_path"] = names_them
         idle |= dict.fromkeys(["model.train", "model.lora", "model.gradient_checkpointing"], "nothing trains")
         if self.reference is not None and self.reference not in self.models:
@@ -159,7 +160,8 @@ def run_evaluation(config: EvaluateConfig) -> tuple[Run, ReportPaths]:
 
     def evaluate(settings: EvaluateConfig, run: Run, parts: Parts) -> tuple[int, int]:
         results = [answer_all(name, parts, settings, run) for name in settings.models]
-        pairs, milliseconds = reward_pairs(parts)
+        with run.timer("score"):
+            pairs, milliseconds = reward_pairs(parts)
         write_samples(run.folder / "samples.jsonl", (s for result in results for s in result.samples))
         num_tokens = sum(s.num_tokens for result in results for s in result.samples)
         try:

@@ -27,7 +27,6 @@ from rlhf.algo.loss_weights import LOSS_WEIGHTS
 from rlhf.algo.ppo_loss import entropy_loss, policy_loss, reference_kl_loss
 from rlhf.algo.trainer import LossOutput
 from rlhf.infra.experiment import Run
-from rlhf.infra.profiling import PhaseTimer
 from rlhf.recipes.groups import DrawnGroups, ScoredGroups, draw_until_they_differ
 from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.launch import launch
@@ -45,7 +44,7 @@ class GRPO:
 
     def __init__(self, config: GRPOConfig, run: Run, parts: OnlineParts) -> None:
         self.config, self.run, self.policy = config, run, parts.policy
-        self.timer = PhaseTimer(run.device)
+        self.timer = run.timer
         self.rollouts = Rollouts(config, run, parts, self.timer)
         start = Progress(0, KLController.from_config(config.kl), RunningMoments())
         self.updates = Updates(config, run, parts.policy, self.timer, start)
@@ -66,16 +65,17 @@ class GRPO:
         with self.run.logger.progress("GRPO", total) as advance:
             advance(self.progress.step)
             while self.progress.step < total:
-                if self.progress.rollout is None:  # it is there when the run was stopped inside its inner epochs
-                    drawn = self.draw()
-                    experience = self.compare(drawn.groups)
-                    self.progress.rollout = Rollout(
-                        experience, drawn.groups.scores, drawn.groups.shaped, drawn.counts, drawn.dropped_tokens
-                    )
-                rollout, made = self.progress.rollout, self.progress.updates
-                self.updates.make(rollout.experience, self.config.grpo.num_epochs, self.loss)
-                self.updates.finish_iteration(rollout)
-                self.report.log(self.progress, rollout, made, self.updates.trainer)
+                with self.run.profiler(self.progress.step + 1):
+                    if self.progress.rollout is None:  # it is there when the run was stopped inside its inner epochs
+                        drawn = self.draw()
+                        experience = self.compare(drawn.groups)
+                        self.progress.rollout = Rollout(
+                            experience, drawn.groups.scores, drawn.groups.shaped, drawn.counts, drawn.dropped_tokens
+                        )
+                    rollout, made = self.progress.rollout, self.progress.updates
+                    self.updates.make(rollout.experience, self.config.grpo.num_epochs, self.loss)
+                    self.updates.finish_iteration(rollout)
+                    self.report.log(self.progress, rollout, made, self.updates.trainer)
                 advance(1, reward=self.report.last["reward/mean"], kl=self.report.last["kl/mean"])
                 if self.updates.stops():
                     break
@@ -184,5 +184,6 @@ def train(config: GRPOConfig, run: Run, parts: OnlineParts) -> tuple[int, int]:
     grpo = GRPO(config, run, parts)
     progress = grpo.train()
     if run.stop_reason != "interrupted":
-        save_policy(parts.policy.backbone, parts.policy.adapter, run.folder / POLICY)
+        with run.timer("save"):
+            save_policy(parts.policy.backbone, parts.policy.adapter, run.folder / POLICY)
     return grpo.updates.trainer.step_count, progress.tokens

@@ -159,10 +159,11 @@ def train(config: KTOConfig, run: Run, parts: KTOParts) -> tuple[int, int]:
         config.training.rows_of_step(num_rows, config.run.seed, step)
         for step in range(config.training.num_steps(num_rows))
     ]
-    train_pass = reference_pass(parts.reference, parts.train, steps, limit, run)
     validation_pass = None
-    if parts.validation is not None:
-        validation_pass = reference_pass(parts.reference, parts.validation, [in_one(parts.validation)], limit, run)
+    with run.timer("reference"):
+        train_pass = reference_pass(parts.reference, parts.train, steps, limit, run)
+        if parts.validation is not None:
+            validation_pass = reference_pass(parts.reference, parts.validation, [in_one(parts.validation)], limit, run)
     method = kto_method(parts.policy, parts.train, parts.validation, train_pass, validation_pass, config)
     return train_policy(run, parts.policy, method, config.training, config.optimizer, "KTO")
 
@@ -234,6 +235,7 @@ def kto_method(
         loss=loss,
         num_tokens=num_tokens,
         validate=validate if validation is not None else None,
+        backbone=policy.backbone,
     )
 
 

@@ -57,6 +57,7 @@ def language_model_method(
         loss=loss,
         num_tokens=lambda rows: sum(len(examples[i].input_ids) for i in rows),
         validate=validate if validation else None,
+        backbone=backbone,
     )
 
 

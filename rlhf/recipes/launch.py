@@ -18,7 +18,7 @@ from rlhf.infra.device import resolve_device, set_num_threads
 from rlhf.infra.durable import disk_errors_named
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.infra.interrupt import Stopped
-from rlhf.infra.profiling import peak_memory_mb, reset_peak_memory
+from rlhf.infra.profiling import memory_used, peak_memory_mb, reset_peak_memory, where_time_went
 from rlhf.recipes.lineage import fingerprints, refuse_changed
 from rlhf.recipes.supervised import Progress
 
@@ -67,9 +67,12 @@ def launch(
     else:
         run = Run.create(recipe, config, settings, lineage, files, found)
     with run, disk_errors_named(f"run '{run.folder}' could not write", f"; mend that and go on: {run.resume_command}"):
+        run.timer.add("load", time.perf_counter() - started)
         for rows in _rejected_rows(settings.output_dir, prefix):
             rows.replace(run.folder / rows.name.removeprefix(prefix))
         steps, tokens = train(config, run, parts)
+        run.profiler.close()
+        _say_where_time_went(run)
         earlier = run.info.get("cost", {}) if resume is not None else {}
         run.info["cost"] = {
             "seconds": time.perf_counter() - started + earlier.get("seconds", 0.0),
@@ -80,6 +83,16 @@ def launch(
     if run.stop_reason == "interrupted":
         raise Stopped(run.resume_command)
     return run
+
+
+def _say_where_time_went(run: Run) -> None:
+    """One sentence, and the same numbers in `run.json`, those of earlier parts of a resumed run included."""
+    here = run.timer.totals()
+    run.logger.info(f"where the time went, {where_time_went(here)}; {memory_used(run.device)}")
+    earlier = run.info.get("seconds_by_phase", {})
+    run.info["seconds_by_phase"] = {
+        phase: here.get(phase, 0.0) + earlier.get(phase, 0.0) for phase in dict.fromkeys([*earlier, *here])
+    }
 
 
 def stage_cost(progress: Progress) -> tuple[int, int]:

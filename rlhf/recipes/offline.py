@@ -43,7 +43,8 @@ def train_policy(
     )
     progress = SupervisedLoop(run, trainer, training, method, name).train()
     if run.stop_reason != "interrupted":
-        save_policy(policy.backbone, policy.adapter, run.folder / POLICY)
+        with run.timer("save"):
+            save_policy(policy.backbone, policy.adapter, run.folder / POLICY)
     return stage_cost(progress)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf.algo.kl import clamped_share
 from rlhf.algo.trainer import StepReport, Trainer, mean_loss, mean_reports, taken
 from rlhf.infra.experiment import Run
-from rlhf.infra.profiling import PhaseTimer, peak_memory_mb, per_second
+from rlhf.infra.profiling import PhaseTimer, memory_metrics, per_second
 from rlhf.recipes.online_state import Progress, Rollout
 from rlhf.rollout.trajectory import Experience
 
@@ -43,13 +43,11 @@ class OnlineReport:
         self.run.logger.log(progress.step, line)
 
     def _speed(self, tokens: int) -> dict[str, float]:
-        seconds = self.timer.seconds()
-        self.timer.reset()
+        seconds = self.timer.lap()
         line = {f"time/{phase}": value for phase, value in seconds.items()}
         line["rate/tokens_per_second"] = per_second(tokens, sum(seconds.values()))
         line["rate/generated_tokens_per_second"] = per_second(tokens, seconds.get("generate", 0.0))
-        line["memory/peak_mb"] = peak_memory_mb(self.run.device)
-        return line
+        return line | memory_metrics(self.run.device)
 
 
 def reward_metrics(rollout: Rollout) -> dict[str, float]:
@@ -87,7 +85,7 @@ def text_metrics(experience: Experience, progress: Progress) -> dict[str, float]
         "length/finished_share": _mean(trajectory.finished_B.float()),
         "entropy/mean": _mean(trajectory.entropy_BR[trajectory.response_mask_BR]),
         "policy/truncated_mass": trajectory.truncated_mass,
-        "padding/share": 1 - _mean(trajectory.attention_mask_BT.float()),
+        "padding/generation_share": trajectory.num_padding / max(1, trajectory.num_through),
     }
 
 

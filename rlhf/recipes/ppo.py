@@ -27,7 +27,6 @@ from rlhf.algo.ppo_loss import entropy_loss, policy_loss, value_loss
 from rlhf.algo.trainer import LossOutput
 from rlhf.data.prompt_dataset import PromptExample
 from rlhf.infra.experiment import Run
-from rlhf.infra.profiling import PhaseTimer
 from rlhf.recipes.launch import launch
 from rlhf.recipes.online_report import OnlineReport
 from rlhf.recipes.online_state import Progress, Rollout
@@ -45,7 +44,7 @@ class PPO:
 
     def __init__(self, config: PPOConfig, run: Run, parts: OnlineParts) -> None:
         self.config, self.run, self.policy = config, run, parts.policy
-        self.timer = PhaseTimer(run.device)
+        self.timer = run.timer
         self.rollouts = Rollouts(config, run, parts, self.timer)
         start = Progress(0, KLController.from_config(config.kl), RunningMoments())
         self.updates = Updates(config, run, parts.policy, self.timer, start)
@@ -66,17 +65,18 @@ class PPO:
         with self.run.logger.progress("PPO", total) as advance:
             advance(self.progress.step)
             while self.progress.step < total:
-                if self.progress.rollout is None:  # it is there when the run was stopped inside its inner epochs
-                    batch = self.next_prompts()
-                    trajectory = self.sample(batch)
-                    scores = self.rollouts.score(batch, trajectory)
-                    shaped = self.rollouts.shape(trajectory, scores, self.progress.moments)
-                    experience = self.estimate_advantages(trajectory, scores, shaped)
-                    self.progress.rollout = Rollout(experience, scores, shaped)
-                rollout, made = self.progress.rollout, self.progress.updates
-                self.update(rollout.experience)
-                self.updates.finish_iteration(rollout)
-                self.report.log(self.progress, rollout, made, self.updates.trainer)
+                with self.run.profiler(self.progress.step + 1):
+                    if self.progress.rollout is None:  # it is there when the run was stopped inside its inner epochs
+                        batch = self.next_prompts()
+                        trajectory = self.sample(batch)
+                        scores = self.rollouts.score(batch, trajectory)
+                        shaped = self.rollouts.shape(trajectory, scores, self.progress.moments)
+                        experience = self.estimate_advantages(trajectory, scores, shaped)
+                        self.progress.rollout = Rollout(experience, scores, shaped)
+                    rollout, made = self.progress.rollout, self.progress.updates
+                    self.update(rollout.experience)
+                    self.updates.finish_iteration(rollout)
+                    self.report.log(self.progress, rollout, made, self.updates.trainer)
                 advance(1, reward=self.report.last["reward/mean"], kl=self.report.last["kl/mean"])
                 if self.updates.stops():
                     break
@@ -202,5 +202,6 @@ def train(config: PPOConfig, run: Run, parts: OnlineParts) -> tuple[int, int]:
     ppo = PPO(config, run, parts)
     progress = ppo.train()
     if run.stop_reason != "interrupted":
-        save_policy(parts.policy.backbone, parts.policy.adapter, run.folder / POLICY)
+        with run.timer("save"):
+            save_policy(parts.policy.backbone, parts.policy.adapter, run.folder / POLICY)
     return ppo.updates.trainer.step_count, progress.tokens

@@ -136,7 +136,8 @@ def train(config: PretrainConfig, run: Run, parts: SFTParts) -> tuple[int, int]:
     )
     progress = SupervisedLoop(run, trainer, config.training, method, "pre-training").train()
     if run.stop_reason != "interrupted":
-        save_policy(parts.backbone, None, run.folder / POLICY)
+        with run.timer("save"):
+            save_policy(parts.backbone, None, run.folder / POLICY)
     return stage_cost(progress)
 
 

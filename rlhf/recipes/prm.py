@@ -115,8 +115,9 @@ def train(config: ProcessRewardConfig, run: Run, parts: ProcessParts) -> tuple[i
         progress = SupervisedLoop(run, trainer, config.training, method, "process reward model").train()
     if run.stop_reason != "interrupted":
         if parts.validation:
-            report(model, parts, config.training.max_tokens_per_micro_batch, run)
-        with written_aside(run.folder / PROCESS_MODEL) as aside:
+            with run.timer("validate"):
+                report(model, parts, config.training.max_tokens_per_micro_batch, run)
+        with run.timer("save"), written_aside(run.folder / PROCESS_MODEL) as aside:
             model.save(aside)
     return stage_cost(progress)
 
@@ -158,6 +159,7 @@ def step_method(
         loss=loss,
         num_tokens=lambda rows: sum(model.cost(len(examples[i].input_ids), len(examples[i].ends)) for i in rows),
         validate=validate if validation else None,
+        backbone=model.backbone,
     )
 
 

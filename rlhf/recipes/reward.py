@@ -135,8 +135,9 @@ def train(config: RewardConfig, run: Run, parts: RewardParts) -> tuple[int, int]
     with model.backbone.adapter_dropout(config.model.lora.lora_dropout):
         progress = SupervisedLoop(run, trainer, config.training, method, "reward model").train()
     if run.stop_reason != "interrupted":
-        report(model, parts.validation or parts.train[:256], config, run)
-        with written_aside(run.folder / REWARD_MODEL) as aside:
+        with run.timer("validate"):
+            report(model, parts.validation or parts.train[:256], config, run)
+        with run.timer("save"), written_aside(run.folder / REWARD_MODEL) as aside:
             model.save(aside)
     return stage_cost(progress)
 
@@ -164,6 +165,7 @@ def pair_method(
 ) -> Method[PairBatch]:
     """Bradley-Terry on pairs; both answers of a pair go through the model in one batch."""
     limit, width = config.training.max_tokens_per_micro_batch, row_width(model.takes_forests)
+    read = tokens_read(model.takes_forests, len(model.suffix_ids))
 
     def micro_batches(rows: Sequence[int]) -> list[PairBatch]:
         part = [examples[i] for i in rows]
@@ -208,6 +210,8 @@ def pair_method(
         loss=loss,
         num_tokens=lambda rows: sum(num_tokens(examples[i]) for i in rows),
         validate=validate if validation else None,
+        backbone=model.backbone,
+        num_read=lambda rows: sum(read(examples[i]) for i in rows),
     )
 
 
@@ -265,6 +269,13 @@ def row_width(shares_prompts: bool) -> Callable[[PreferenceExample], int]:
     if shares_prompts:
         return lambda pair: row_length(pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids])
     return lambda pair: 2 * longest_side(pair)
+
+
+def tokens_read(shares_prompts: bool, num_suffix: int = 0) -> Callable[[PreferenceExample], int]:
+    """How many of the columns that a pair takes are no padding; the suffix stands behind both answers."""
+    if shares_prompts:
+        return lambda pair: row_length(pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids], num_suffix)
+    return lambda pair: num_tokens(pair) + 2 * num_suffix
 
 
 def report(

@@ -96,6 +96,8 @@ def side_by_side(
         loss=loss,
         num_tokens=lambda rows: sum(method.num_tokens(rows) for method in methods),
         validate=validate,
+        backbone=methods[0].backbone,
+        num_read=lambda rows: sum((method.num_read or method.num_tokens)(rows) for method in methods),
     )
 
 

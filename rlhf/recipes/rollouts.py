@@ -134,17 +134,18 @@ class Rollouts:
 
     def shape(self, trajectory: Trajectory, scores: Scores, moments: RunningMoments) -> ShapedScores:
         """Normalise and clip the scores, subtract the penalties; `moments` take the scores in."""
-        completions = self.texts(trajectory)
         device = trajectory.response_ids_BR.device
-        return shape_scores(
-            torch.tensor(scores.total, device=device),
-            trajectory,
-            self.config.shaping,
-            moments,
-            torch.tensor([repetition_share(text) for text in completions], device=device),
-            torch.tensor(refusal_flags(completions), device=device),
-            self.config.generation.max_new_tokens,
-        )
+        with self.timer("score"):
+            completions = self.texts(trajectory)
+            return shape_scores(
+                torch.tensor(scores.total, device=device),
+                trajectory,
+                self.config.shaping,
+                moments,
+                torch.tensor([repetition_share(text) for text in completions], device=device),
+                torch.tensor(refusal_flags(completions), device=device),
+                self.config.generation.max_new_tokens,
+            )
 
     def reference_logprobs(self, trajectory: Trajectory) -> Tensor:
         """Log-probabilities (B, R) of the answers under the reference."""

@@ -112,7 +112,8 @@ def train(config: SFTConfig, run: Run, parts: SFTParts) -> tuple[int, int]:
     with parts.backbone.adapter_dropout(config.model.lora.lora_dropout):
         progress = SupervisedLoop(run, trainer, config.training, method, "SFT").train()
     if run.stop_reason != "interrupted":
-        save_policy(parts.backbone, parts.adapter, run.folder / POLICY)
+        with run.timer("save"):
+            save_policy(parts.backbone, parts.adapter, run.folder / POLICY)
     return stage_cost(progress)
 
 

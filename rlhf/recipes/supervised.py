@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -22,7 +22,8 @@ from rlhf.data.order import epoch_order
 from rlhf.infra.config import Config
 from rlhf.infra.determinism import derive_seed, restore_rng_state, rng_state, seed_everything
 from rlhf.infra.experiment import Run
-from rlhf.infra.profiling import PhaseTimer, peak_memory_mb, per_second
+from rlhf.infra.profiling import memory_metrics, padding_share, per_second
+from rlhf.models.backbone import Backbone
 from rlhf.recipes.nonfinite import NonFiniteGuard
 
 MicroBatch = TypeVar("MicroBatch")
@@ -94,6 +95,8 @@ class Method(Generic[MicroBatch]):
 
     `micro_batches(rows)` collates the rows of one optimizer step; `loss(micro_batch, rows)` divides by the counts of
     the whole step; `num_tokens(rows)` is what a step processes; `validate()` measures the current weights, or is None.
+    `backbone` is what the tokens of a step go through, `num_read(rows)` how many of them are no padding, where that is
+    another number than `num_tokens`.
     """
 
     num_rows: int
@@ -101,6 +104,8 @@ class Method(Generic[MicroBatch]):
     loss: Callable[[Sequence[int]], Callable[[MicroBatch], LossOutput]]
     num_tokens: Callable[[Sequence[int]], int]
     validate: Callable[[], Validation] | None = None
+    backbone: Backbone | None = None
+    num_read: Callable[[Sequence[int]], int] | None = None
 
 
 @dataclass
@@ -128,8 +133,9 @@ class SupervisedLoop(Generic[MicroBatch]):
         self.progress = Progress()
         self.reports: list[StepReport] = []  # of the steps since the last line of the log
         self.best: dict[str, Tensor] = {}
+        self._tokens_since_log = 0
         self.guard = NonFiniteGuard(run, trainer)
-        self.timer = PhaseTimer(run.device)
+        self.timer = run.timer
         if run.resumed_from is not None:
             self._restore(run)
 
@@ -143,19 +149,21 @@ class SupervisedLoop(Generic[MicroBatch]):
         with self.run.logger.progress(self.name, self.num_steps) as advance:
             advance(self.progress.step)
             while self.progress.step < self.num_steps and not self.progress.done:
-                report = self._one_step()
-                self.reports.append(report)
-                metrics = self._validated() if self._validation_due() else {}
-                if self.progress.step % self.config.logging_steps == 0 or metrics or self._last_step():
-                    self._log(self.reports, metrics)
-                    self.reports = []
+                with self.run.profiler(self.progress.step + 1):
+                    report = self._one_step()
+                    self.reports.append(report)
+                    metrics = self._validated() if self._validation_due() else {}
+                    if self.progress.step % self.config.logging_steps == 0 or metrics or self._last_step():
+                        self._log(self.reports, metrics)
+                        self.reports = []
                 advance(1, loss=report.loss)
                 stopping = self.run.should_stop()
                 due = self.run.checkpoint_due(self.progress.step) or self.trainer.exhausted
                 if due or stopping or self._last_step():
                     self.progress.seconds += time.perf_counter() - started
                     started = time.perf_counter()
-                    self.save()
+                    with self.timer("save"):
+                        self.save()
                 self.guard.stop_if_exhausted()
                 if stopping:
                     break
@@ -167,14 +175,25 @@ class SupervisedLoop(Generic[MicroBatch]):
         seed = derive_seed(self.run.config.seed, self.name, self.progress.step)
         seed_everything(seed)
         rows = self.config.rows_of_step(self.method.num_rows, self.run.config.seed, self.progress.step)
+        with self.timer("collate"):
+            micro_batches, num_tokens = self.method.micro_batches(rows), self.method.num_tokens(rows)
+        through = self._num_through()
         with self.timer("update"):
-            micro_batches, loss = self.method.micro_batches(rows), self.method.loss(rows)
+            loss = self.method.loss(rows)
             report = self.trainer.step(micro_batches, loss)
+        if self.method.backbone is not None:
+            num_read = num_tokens if self.method.num_read is None else self.method.num_read(rows)
+            padding = {"padding/train_share": padding_share(num_read, self._num_through() - through)}
+            report = replace(report, metrics={**report.metrics, **padding})
         self.progress.step += 1
-        self.progress.tokens += self.method.num_tokens(rows)
+        self.progress.tokens += num_tokens
+        self._tokens_since_log += num_tokens
         if report.skipped:
             self.guard.examine(report, micro_batches, loss, seed)
         return report
+
+    def _num_through(self) -> int:
+        return 0 if self.method.backbone is None else self.method.backbone.num_tokens_through
 
     def _last_step(self) -> bool:
         return self.progress.done or self.progress.step >= self.num_steps
@@ -206,8 +225,8 @@ class SupervisedLoop(Generic[MicroBatch]):
 
     def _log(self, reports: Sequence[StepReport], validation: Mapping[str, float]) -> None:
         last = reports[-1]
-        seconds = self.timer.seconds()
-        self.timer.reset()
+        seconds = self.timer.lap()
+        training = seconds.get("collate", 0.0) + seconds.get("update", 0.0)
         line = mean_reports(reports)
         line |= {
             "train/loss": mean_loss(reports),
@@ -218,10 +237,11 @@ class SupervisedLoop(Generic[MicroBatch]):
             * min(self.config.rows_per_step, self.method.num_rows)
             / self.method.num_rows,
             "train/tokens": self.progress.tokens,
-            "rate/steps_per_second": per_second(len(reports), seconds.get("update", 0.0)),
-            "memory/peak_mb": peak_memory_mb(self.run.device),
+            "rate/steps_per_second": per_second(len(reports), training),
+            "rate/tokens_per_second": per_second(self._tokens_since_log, training),
         }
-        line |= {f"time/{phase}": value for phase, value in seconds.items()}
+        self._tokens_since_log = 0
+        line |= memory_metrics(self.run.device) | {f"time/{phase}": value for phase, value in seconds.items()}
         self.run.logger.log(self.progress.step, line | dict(validation))
 
     def save(self) -> None:

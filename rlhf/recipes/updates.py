@@ -22,7 +22,7 @@ from rlhf.data.collate import batches_by_tokens
 from rlhf.data.order import epoch_order
 from rlhf.infra.determinism import derive_seed
 from rlhf.infra.experiment import Run
-from rlhf.infra.profiling import PhaseTimer
+from rlhf.infra.profiling import PhaseTimer, padding_share
 from rlhf.models.policy import Policy
 from rlhf.recipes.nonfinite import NonFiniteGuard
 from rlhf.recipes.online_config import OnlineConfig
@@ -42,7 +42,7 @@ class Updates:
 
     def __init__(self, config: OnlineConfig, run: Run, policy: Policy, timer: PhaseTimer, progress: Progress) -> None:
         self.config, self.run, self.timer, self.progress = config, run, timer, progress
-        self.device = policy.backbone.device
+        self.policy, self.device = policy, policy.backbone.device
         self.trainer = Trainer(
             policy.trainable_parameters(),
             config.optimizer,
@@ -72,7 +72,10 @@ class Updates:
             part = experience.select(mini)
             with self.timer("update"):
                 micro_batches, loss = self.micro_batches(part), loss_of(part)
-                done.append(self.trainer.step(micro_batches, loss))
+                through = self.policy.backbone.num_tokens_through
+                report = self.trainer.step(micro_batches, loss)
+                padding = self._padding_share(part, self.policy.backbone.num_tokens_through - through)
+                done.append(replace(report, metrics={**report.metrics, "padding/train_share": padding}))
             if done[-1].skipped:
                 self.guard.examine(done[-1], micro_batches, loss)
             if self.trainer.exhausted:
@@ -98,6 +101,11 @@ class Updates:
         lengths = part.trajectory.attention_mask_BT.sum(dim=1).tolist()
         groups = batches_by_tokens(lengths, self.config.updates.max_tokens_per_micro_batch)
         return [part.select(torch.tensor(group, device=part.scores_B.device)) for group in groups]
+
+    def _padding_share(self, part: Experience, num_through: int) -> float:
+        """Of the passes of an update; a critic with an adapter of its own makes two where else there is one."""
+        num_passes = 1 if self.policy.value_adapter is None else 2
+        return padding_share(num_passes * int(part.trajectory.attention_mask_BT.sum()), num_through)
 
     def finish_iteration(self, rollout: Rollout) -> None:
         """Step on to the next iteration: the KL coefficient follows the batch just measured, where that has a KL."""

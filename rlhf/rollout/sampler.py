@@ -36,6 +36,7 @@ class Sampler:
         for start in range(0, len(order), self.config.batch_size):
             rows = order[start : start + self.config.batch_size]
             batch = pad_left([list(prompts[i]) for i in rows], backbone.tokenizer.pad_token_id).to(backbone.device)
+            before = backbone.num_tokens_through
             drawn = self.policy.generate(
                 batch.input_ids_BP,
                 batch.attention_mask_BP,
@@ -43,6 +44,9 @@ class Sampler:
                 self.config,
                 self.stop_token_ids,
             )
+            through = backbone.num_tokens_through - before
+            # The last token of a response is never fed back.
+            read = int(batch.attention_mask_BP.sum()) + int(drawn.response_mask_NR.sum()) - len(rows)
             parts.append(
                 Trajectory(
                     batch.input_ids_BP,
@@ -56,6 +60,8 @@ class Sampler:
                     self.config.temperature,
                     self.weights_version,
                     drawn.truncated_mass,
+                    through,
+                    through - read,
                 )
             )
         whole = concatenate(parts, backbone.tokenizer.pad_token_id)

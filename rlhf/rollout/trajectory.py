@@ -19,7 +19,9 @@ class Trajectory:
     """Prompts and sampled responses, as token ids: they are never turned into text and back before they are scored.
 
     `logprobs_BR` (nats, at the sampling temperature), `entropy_BR` and `values_BR` come from the forward that sampled.
-    `finished_B` is True where a stop token or string ended the answer, False where it was cut off.
+    `finished_B` is True where a stop token or string ended the answer, False where it was cut off. `num_through` counts
+    the tokens that the model was fed to draw all that was drawn together, `num_padding` those of them that were padding or
+    belonged to finished answers; both stay as they are when rows are chosen.
     """
 
     prompt_ids_BP: Tensor
@@ -33,6 +35,8 @@ class Trajectory:
     temperature: float
     weights_version: int = 0
     truncated_mass: float = 0.0
+    num_through: int = 0
+    num_padding: int = 0
 
     def __len__(self) -> int:
         return self.prompt_ids_BP.shape[0]
@@ -150,6 +154,8 @@ def concatenate(parts: Sequence[Trajectory], pad_token_id: int) -> Trajectory:
         parts[0].temperature,
         parts[0].weights_version,
         lost / max(1, tokens),
+        sum(part.num_through for part in parts),
+        sum(part.num_padding for part in parts),
     )
 
 

@@ -272,7 +272,10 @@ def seen(path: Path, folder: Path) -> Any:
         names = ("status", "stop_reason", "device", "num_threads", "data")
         return {n: info[n] for n in names} | {n: cost.get(n) for n in ("optimizer_steps", "tokens")}
     if path.name == "train.log":
-        return [re.sub(r"^\S+ \S+ ", "", line) for line in timeless(path, folder).splitlines()]
+        lines = [re.sub(r"^\S+ \S+ ", "", line) for line in timeless(path, folder).splitlines()]
+        return [line for line in lines if "| where the time went" not in line]
+    if path.parent.name == "profile":  # a trace is all clock and machine
+        return "is there"
     if path.suffix == ".safetensors":
         return hashlib.sha256(path.read_bytes()).hexdigest()
     if path.parent.name == REPLIES:

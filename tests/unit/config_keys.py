@@ -163,6 +163,8 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "keep_checkpoints": [Changes("1", (".save_every_steps=1",))],
         "wandb": [Fails("true", "wandb")],
         "overwrite": [Changes("true", (".name=taken",)), Refused("true", IDLE, (".name=null",))],
+        "profile": [Changes("true", (".profile_steps=[1, 1]",))],
+        "profile_steps": [Changes("[2, 2]", (".profile=true",)), Refused("[2, 2]", IDLE)],
     },
     ModelConfig: {
         "name_or_path": [Refused("{other}", IDLE)],
@@ -722,6 +724,8 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
         "run.max_minutes": [Refused("1", IDLE)],
         "run.save_every_steps": [Refused("1", IDLE)],
         "run.keep_checkpoints": [Refused("1", IDLE)],
+        "run.profile": [Refused("true", IDLE)],
+        "run.profile_steps": [Refused("[2, 2]", IDLE)],
         "model.train": [Refused("full", IDLE)],
         "model.random_init": [Refused("true", "trained weights")],
         "model.load_in_4bit": [Changes("true")],

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
-from rlhf.infra.profiling import PhaseTimer, peak_memory_mb, per_second, profiled_steps, reset_peak_memory
+from rlhf.infra.profiling import (
+    PhaseTimer,
+    measured_by,
+    memory_metrics,
+    memory_used,
+    padding_share,
+    peak_memory_mb,
+    per_second,
+    reset_peak_memory,
+    where_time_went,
+)
 
 
 class FakeClock:
@@ -68,6 +75,64 @@ def test_reading_and_resetting_inside_a_phase(clock: FakeClock) -> None:
     assert timer.seconds() == {"step": 4.0}
 
 
+def test_laps_leave_nothing_out_and_add_up(clock: FakeClock) -> None:
+    timer = PhaseTimer(clock=clock)
+    timer.add("load", 7.0)
+    clock.now += 1  # in no phase
+    with timer("generate"):
+        clock.now += 2
+    assert timer.lap() == {"generate": 2.0, "other": 1.0}
+    with timer("update"):
+        clock.now += 4
+    with timer("generate"):
+        clock.now += 8
+        assert timer.totals() == {"load": 7.0, "generate": 10.0, "other": 1.0, "update": 4.0}
+    assert timer.lap() == {"update": 4.0, "generate": 8.0, "other": 0.0}
+    clock.now += 16
+    timer.reset()  # what was in no phase is not lost to the totals either
+    assert timer.lap() == {"other": 0.0}
+    assert timer.totals() == {"load": 7.0, "generate": 10.0, "other": 17.0, "update": 4.0}
+
+
+def test_a_lap_in_the_middle_of_a_phase(clock: FakeClock) -> None:
+    timer = PhaseTimer(clock=clock)
+    with timer("update"):
+        clock.now += 1
+        assert timer.lap() == {"update": 1.0, "other": 0.0}
+        clock.now += 2
+    clock.now += 4
+    assert timer.lap() == {"update": 2.0, "other": 4.0}
+
+
+def test_anything_that_grows_can_be_added_up_by_phase() -> None:
+    count = 0
+    with measured_by(lambda: count):
+        timer = PhaseTimer()
+    seconds = PhaseTimer()
+    with timer("update"), seconds("update"):
+        count += 5
+    assert timer.lap() == {"update": 5, "other": 0}
+    assert seconds.lap()["update"] < 5
+
+
+def test_where_the_time_went_is_told_from_the_longest_phase_down() -> None:
+    told = where_time_went({"load": 2.0, "update": 7.0, "save": 0.001, "other": 1.0})
+    assert told == "10.0 s: update 7.0 s (70%), load 2.0 s (20%), other 1.0 s (10%)"  # a thousandth says nothing
+    assert where_time_went({}) == "0.0 s: nothing was measured"
+
+
+def test_padding_is_a_share_of_what_went_through() -> None:
+    assert padding_share(75, 100) == 0.25
+    assert padding_share(0, 0) == 0.0
+
+
+def test_memory_is_that_of_the_device_and_of_the_process() -> None:
+    metrics = memory_metrics(torch.device("cpu"))
+    assert metrics.keys() == {"memory/peak_mb", "memory/peak_rss_mb"}
+    assert metrics["memory/peak_mb"] == metrics["memory/peak_rss_mb"] > 10
+    assert memory_used(torch.device("cpu")) == f"peak memory {peak_memory_mb(torch.device('cpu')):.0f} MB"
+
+
 def test_rates() -> None:
     assert per_second(10, 4) == 2.5
     assert per_second(10, 0) == 0.0
@@ -81,15 +146,3 @@ def test_peak_memory_sees_an_allocation_and_can_be_reset() -> None:
     assert peak_memory_mb(cpu) - before > 50
     assert 10 < before < 100_000
     del block
-
-
-def test_a_trace_is_written_when_a_folder_is_given(tmp_path: Path) -> None:
-    with profiled_steps(tmp_path / "profile", num_steps=1) as next_step:
-        for _ in range(3):
-            torch.ones(8, 8) @ torch.ones(8, 8)
-            next_step()
-    events = json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
-    assert any(event.get("name") == "aten::matmul" for event in events)
-    assert "aten::matmul" in (tmp_path / "profile" / "operators.txt").read_text()
-    with profiled_steps(None) as next_step:
-        next_step()
