@@ -203,6 +203,36 @@ def doctor(
 
 
 @app.command()
+def bench(
+    config_a: Annotated[Path, typer.Argument(help="YAML file of the one side.", show_default=False)],
+    config_b: Annotated[Path, typer.Argument(help="YAML file of the other side.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings of both as section.key=value.", show_default=False)
+    ] = None,
+    of_a: Annotated[list[str] | None, typer.Option("--a", help="A setting of A alone.", show_default=False)] = None,
+    of_b: Annotated[list[str] | None, typer.Option("--b", help="A setting of B alone.", show_default=False)] = None,
+    recipe: Annotated[str | None, typer.Option(help="What is run; default: the recipe that takes the files.")] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 5,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps at the start of every run that do not count.")] = 1,
+    unequal_work: Annotated[bool, typer.Option("--unequal-work", help="Compare per token where work differs.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all numbers to this file.")] = None,
+) -> None:
+    """Compare the speed of two configurations on the same work, pair by pair in fresh processes."""
+    from rlhf.recipes.bench import check_writable, compare, write_comparison
+    from rlhf.recipes.bench_sides import read_sides
+    from rlhf.recipes.bench_table import table
+
+    if json_file is not None:
+        check_writable(json_file)
+    settings = [[*(overrides or ()), *(of_one or ())] for of_one in (of_a, of_b)]
+    name, sides = read_sides((config_a, config_b), settings, recipe)
+    found = compare(name, sides, num_pairs=pairs, num_warmup=warmup, unequal_work=unequal_work, say=typer.echo)
+    typer.echo(f"\n{table(found)}")
+    if json_file is not None:
+        write_comparison(found, json_file)
+
+
+@app.command()
 def resume(folder: Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)]) -> None:
     """Take an interrupted run up where its last checkpoint is."""
     from rlhf.recipes.resume import resume_run

@@ -13,7 +13,7 @@ from rlhf.infra.experiment import Run, RunConfig
 # A run of judges writes no checkpoints: what is worth keeping is in the cache of replies.
 IDLE_RUN_KEYS: Mapping[str, str] = dict.fromkeys(
     ["run.save_every_steps", "run.keep_checkpoints"], "judging keeps replies in the cache instead of checkpoints"
-)
+) | dict.fromkeys(["run.profile", "run.profile_steps"], "judging has no steps")
 
 
 def judge_all(judges: Sequence[Judge], pairs: Sequence[Pair], run: Run, what: str = "") -> list[Judged]:
@@ -25,7 +25,7 @@ def judge_all(judges: Sequence[Judge], pairs: Sequence[Pair], run: Run, what: st
     """
     judged = []
     for judge in judges:
-        with run.logger.progress(f"{judge.name} judges {what}".strip(), len(pairs)) as advance:
+        with run.timer("judge"), run.logger.progress(f"{judge.name} judges {what}".strip(), len(pairs)) as advance:
             verdicts = judge(pairs, Watch(advance, run.should_stop))
         judged.append(Judged(judge.name, pairs, verdicts, judge.sees_order))
         for sentence in _costs(judge):

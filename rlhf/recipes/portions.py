@@ -16,6 +16,7 @@ from typing import Any
 from rlhf.infra.durable import sync_file, sync_folder
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
+from rlhf.infra.profiling import memory_metrics, per_second
 
 
 @dataclass(frozen=True)
@@ -50,24 +51,34 @@ def fill_in_portions(run: Run, name: str, total: int, what: str, work: Callable[
     with run.logger.progress(what, total) as advance:
         advance(progress.step)
         while progress.step < total:
-            portion = work(progress.step)
-            with partial.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in portion.rows)
-            sync_file(partial)
+            with run.profiler(progress.step + 1), run.timer("work"):
+                portion = work(progress.step)
+            with run.timer("save"):
+                with partial.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in portion.rows)
+                sync_file(partial)
             progress.step += 1
             progress.tokens += portion.num_tokens
             progress.num_bytes = partial.stat().st_size
-            run.logger.log(progress.step, portion.metrics)
+            run.logger.log(progress.step, portion.metrics | _speed(run, portion.num_tokens))
             advance(1)
             done = progress.step == total
             stopping = not done and run.should_stop()
             if stopping or done or run.checkpoint_due(progress.step):
-                run.save(progress.step, {}, {"progress": asdict(progress)})
+                with run.timer("save"):
+                    run.save(progress.step, {}, {"progress": asdict(progress)})
             if stopping:
                 return progress
     os.replace(partial, final)
     sync_folder(run.folder)
     return progress
+
+
+def _speed(run: Run, num_tokens: int) -> dict[str, float]:
+    seconds = run.timer.lap()
+    line = {f"time/{phase}": value for phase, value in seconds.items()}
+    line["rate/tokens_per_second"] = per_second(num_tokens, seconds["work"])
+    return line | memory_metrics(run.device)
 
 
 def _taken_up(partial: Path, num_bytes: int) -> Path:

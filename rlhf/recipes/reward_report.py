@@ -77,7 +77,8 @@ class RewardReportConfig(Config):
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
         reason = "nothing trains, and a report is made in one piece"
-        idle = dict.fromkeys(["run.max_minutes", "run.save_every_steps", "run.keep_checkpoints"], reason)
+        names = ["max_minutes", "save_every_steps", "keep_checkpoints", "profile", "profile_steps"]
+        idle = dict.fromkeys([f"run.{name}" for name in names], reason)
         if self.data.is_tinychat:
             names = ["max_samples", "max_validation_samples", "split_seed", "validation_files", "validation_fraction"]
             idle |= dict.fromkeys([f"data.{name}" for name in names], "num_pairs and world_seed choose the pairs")

@@ -20,8 +20,8 @@ class Trajectory:
 
     `logprobs_BR` (nats, at the sampling temperature), `entropy_BR` and `values_BR` come from the forward that sampled.
     `finished_B` is True where a stop token or string ended the answer, False where it was cut off. `num_through` counts
-    the tokens that the model was fed to draw all that was drawn together, `num_padding` those of them that were padding or
-    belonged to finished answers; both stay as they are when rows are chosen.
+    the tokens that the model was fed to draw all that was drawn together, `num_padding` those of them that were padding
+    or belonged to finished answers; both stay as they are when rows are chosen.
     """
 
     prompt_ids_BP: Tensor

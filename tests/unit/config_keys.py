@@ -581,6 +581,8 @@ OF_JUDGES: dict[str, list[Case]] = {
     "run.dtype": [Changes("bf16", REWARD_JUDGE)],
     "run.save_every_steps": [Refused("1", IDLE)],
     "run.keep_checkpoints": [Refused("1", IDLE)],
+    "run.profile": [Refused("true", IDLE)],
+    "run.profile_steps": [Refused("[2, 2]", IDLE)],
 }
 # Where one recipe differs from the others that have the section.
 IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
@@ -621,6 +623,8 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
     },
     "rm-report": {
         **{f"run.{name}": [Refused("1", IDLE)] for name in ("max_minutes", "save_every_steps", "keep_checkpoints")},
+        "run.profile": [Refused("true", IDLE)],
+        "run.profile_steps": [Refused("[2, 2]", IDLE)],
         "data.name": [
             Changes("toy/hub", TINYCHAT),
             Fails("no/where", "no/where", TINYCHAT),
