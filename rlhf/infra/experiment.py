@@ -70,7 +70,7 @@ class RunConfig(Config):
     overwrite: bool = Field(False, description="replace an existing run of the same name")
     profile: bool = Field(False, description="trace some steps with torch.profiler into <run>/profile")
     profile_steps: tuple[int, int] = Field(
-        (2, 3), description="first and last step (PPO: iteration) traced, counted from 1 as in the log"
+        (2, 3), description="first and last step (PPO, GRPO: iteration) traced, counted from 1 as in the log"
     )
 
     @field_validator("profile_steps")

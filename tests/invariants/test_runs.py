@@ -230,7 +230,6 @@ def test_C10_metrics_against_a_direct_recomputation(
         "value/mean": mean(values),
         "value/return_mean": mean(returns),
         "value/explained_variance": float(explained),
-        "padding/share": 1 - float(trajectory.attention_mask_BT.sum()) / trajectory.attention_mask_BT.numel(),
         # Of the first and only update, at the weights that sampled.
         "value/loss": mean(squares) / 2,
         "policy/loss": -mean(over_tokens(experience.advantages_BR)),
