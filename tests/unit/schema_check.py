@@ -23,7 +23,13 @@ BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
     "pattern": lambda value, pattern: re.search(pattern, value) is not None,
     "const": lambda value, wanted: value == wanted,
     "enum": lambda value, wanted: value in wanted,
+    "minItems": lambda value, bound: len(value) >= bound,
+    "maxItems": lambda value, bound: len(value) <= bound,
 }
+# Of which values a bound speaks; of others it says nothing.
+KINDS = dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), TYPES["number"]) | {
+    "pattern": TYPES["string"], "minItems": TYPES["array"], "maxItems": TYPES["array"],
+}  # fmt: skip
 
 
 def mistakes(value: Any, schema: Schema, root: Schema, place: str = "") -> list[str]:
@@ -41,12 +47,13 @@ def mistakes(value: Any, schema: Schema, root: Schema, place: str = "") -> list[
         elif keyword == "items":
             items = enumerate(value) if isinstance(value, list) else ()
             found += [text for index, item in items for text in mistakes(item, wanted, root, f"{place}.{index}")]
+        elif keyword == "prefixItems":
+            pairs = enumerate(zip(value, wanted, strict=False)) if isinstance(value, list) else ()
+            found += [text for index, (item, one) in pairs for text in mistakes(item, one, root, f"{place}.{index}")]
         elif keyword in ("properties", "required", "additionalProperties"):
             found += _in_object(value, keyword, schema, root, place) if isinstance(value, dict) else []
         elif keyword in BOUNDS:
-            # Bounds are about numbers and patterns about text; of other values they say nothing.
-            kind = TYPES["number"] if "imum" in keyword else TYPES["string"] if keyword == "pattern" else (object,)
-            is_met = not isinstance(value, kind) or BOUNDS[keyword](value, wanted)
+            is_met = not isinstance(value, KINDS.get(keyword, (object,))) or BOUNDS[keyword](value, wanted)
             found += [] if is_met else [f"{place}: {keyword}"]
         else:
             raise NotImplementedError(f"the keyword {keyword} of {place or 'the whole'}")

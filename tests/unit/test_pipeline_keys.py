@@ -94,7 +94,8 @@ def test_C9_a_key_of_a_stage_arrives_or_is_refused(folder: Path, stage: str) -> 
 @pytest.mark.parametrize("name", [name for name in RunConfig.model_fields if name not in ("name", "output_dir")])
 def test_C9_the_run_section_holds_for_every_stage(folder: Path, name: str) -> None:
     (case, *_) = (found for found in CASES[RunConfig][name] if not isinstance(found, Refused))
-    after = resolved(folder, f"run.{name}={case.value}".format_map(PLACES), "pretrain.training.max_steps=9")
+    around = [f"run{text}" for text in case.around if text.startswith(".") and not text.startswith(".name")]
+    after = resolved(folder, *around, f"run.{name}={case.value}".format_map(PLACES), "pretrain.training.max_steps=9")
     for stage in STAGES:
         here = after[stage]["run"]
         assert (here["output_dir"], here["name"], here["overwrite"]) == (str(folder), STAGES[stage], True)
