@@ -194,6 +194,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         slow("sft", "packing=true", "data.max_length=24", "training.max_tokens_per_micro_batch=48"),
         slow("reward"),
         slow("reward", "reward.suffix=one two"),
+        slow("reward", "reward.ensemble.members=2"),
         slow("reward", "reward.pooling=mean", "reward.suffix=one two"),
         slow("dpo"),
         slow("kto"),
