@@ -37,7 +37,7 @@ ConfigOption = Annotated[
 Recipe = Annotated[
     str,
     typer.Argument(
-        help="pretrain, sft, rm, prm, prm-label, dpo, kto, ppo, grpo, eval or pipeline.",
+        help="pretrain, sft, rm, prm, prm-label, dpo, kto, ppo, grpo, best-of-n, eval or pipeline.",
         show_default=False,
         metavar="RECIPE",
     ),
@@ -147,6 +147,19 @@ def grpo(config: ConfigOption = None, overrides: Overrides = None) -> None:
     from rlhf.recipes.grpo_config import GRPOConfig
 
     _say(run_grpo(load_config(GRPOConfig, config, overrides or ())))
+
+
+@app.command("best-of-n")
+def best_of_n(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Best-of-n and rejection sampling: answer each prompt many times, score, keep the best for SFT and as pairs."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.best_of_n import BEST, PAIRS, run_best_of_n
+    from rlhf.recipes.best_of_n_config import BestOfNConfig
+
+    run = run_best_of_n(load_config(BestOfNConfig, config, overrides or ()))
+    _say(run)
+    if run.stop_reason is None:
+        typer.echo(f"kept: {run.folder / BEST}; pairs: {run.folder / PAIRS}")
 
 
 @app.command("eval")

@@ -1,4 +1,5 @@
-"""Step-wise rewards: the loss of a process reward model, its labels by sampling, and one score from many steps.
+"""Step-wise rewards: the loss of a process reward model, its labels by sampling, what its steps are worth together and
+one by one.
 
 Legend: B solutions, S steps (padded; `mask_BS` is True on steps that count). Logits are of P(step is right).
 """
@@ -54,10 +55,41 @@ def last(logits_BS: Tensor, mask_BS: Tensor) -> Tensor:
     return logits_BS.gather(1, place_B1).squeeze(1).sigmoid()
 
 
+def step_probability(logits_S: Tensor) -> Tensor:
+    """What a step is worth: the probability (S,) that it is right (arXiv:2312.08935 section 3.5).
+
+    Every step is worth something, so an answer gains by having more of them.
+    """
+    return logits_S.sigmoid()
+
+
+def step_log_probability(logits_S: Tensor) -> Tensor:
+    """Logarithm (S,) of the probability that a step is right; over an answer they add up to that of `product`.
+
+    Every step costs something, so an answer gains by having fewer of them.
+    """
+    return logsigmoid(logits_S)
+
+
+def step_change(logits_S: Tensor) -> Tensor:
+    """What a step adds (S,) to the probability that all is right; over an answer they add up to that of `last`.
+
+    A potential (Ng, Harada and Russell 1999): what an answer gets does not depend on how many steps it is cut into.
+    """
+    probabilities_S = logits_S.sigmoid()
+    before_S = torch.cat([torch.zeros_like(probabilities_S[:1]), probabilities_S[:-1]])
+    return probabilities_S - before_S
+
+
 def _check_steps(mask_BS: Tensor) -> None:
-    if mask_BS.shape[1] == 0 or not bool(mask_BS.any(dim=1).all()):
+    if not bool(mask_BS.any(dim=1).all()):
         raise ValueError("a solution without a step has no score; expected at least one step in every row")
 
 
 ESTIMATES: dict[str, Callable[[int, int], float]] = {"soft": soft_estimate, "hard": hard_estimate}
 AGGREGATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"min": minimum, "product": product, "last": last}
+STEP_REWARDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "probability": step_probability,
+    "log_probability": step_log_probability,
+    "change": step_change,
+}

@@ -198,7 +198,7 @@ def _as_examples(trajectory: Trajectory) -> list[TokenExample]:
 
 
 def _without_reward_model(config: OnlineConfigT) -> OnlineConfigT:
-    rules = [term for term in config.rewards if not term.is_learned]
+    rules = [term for term in config.rewards if not term.is_learned and term.name != "process"]
     stand_in = rules or [RewardTermConfig(name="keyword_sentiment")]
     return config.model_copy(update={"data": sampled(config.data), "rewards": stand_in})
 

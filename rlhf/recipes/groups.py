@@ -38,8 +38,11 @@ class ScoredGroups:
         return int(self.trajectory.response_mask_BR.sum())
 
     @property
-    def shaped_NG(self) -> Tensor:
-        return self.shaped.scores_B.view(-1, self.group_size)
+    def worths_NG(self) -> Tensor:
+        """Shaped scores, and what is paid step by step."""
+        on_the_way = [whole - end for whole, end in zip(self.scores.returns, self.scores.total, strict=True)]
+        shaped_B = self.shaped.scores_B
+        return (shaped_B + torch.tensor(on_the_way, device=shaped_B.device)).view(-1, self.group_size)
 
     def select(self, groups: Sequence[int]) -> ScoredGroups:
         """Some of the groups, whole; metrics of shaping stay those of all."""
@@ -76,11 +79,11 @@ def draw_until_they_differ(
     equal: list[tuple[int, int]] = []
     while len(differing) < num_groups and len(rounds) < max_rounds:
         rounds.append(draw(num_groups - len(differing), len(rounds)))
-        for group, differs in enumerate(has_spread(rounds[-1].shaped_NG).tolist()):
+        for group, differs in enumerate(has_spread(rounds[-1].worths_NG).tolist()):
             (differing if differs else equal).append((len(rounds) - 1, group))
     kept = sorted([*differing, *equal[: num_groups - len(differing)]])
     sampled = sum(len(drawn) for drawn in rounds)
-    scores = [value for drawn in rounds for value in drawn.scores.total]
+    scores = [value for drawn in rounds for value in drawn.scores.returns]
     counts = {
         "grpo/groups_sampled": float(sampled),
         "grpo/groups_without_variance": float(len(equal)),

@@ -5,11 +5,12 @@
 Every prompt is answered several times, and what an answer is better than the others of its group is the advantage of
 all its tokens. GRPO, RLOO, Dr. GRPO and DAPO are the same order of events; they differ in how an answer is compared
 (`rlhf.algo.advantages`), in the mean that the loss is (`rlhf.algo.loss_weights`), in where the KL against the reference
-is paid, in the clip's upper bound, and in whether groups that tell nothing are replaced (`rlhf.recipes.groups`).
+is paid, in the clip's upper bound, and in whether groups that tell nothing are replaced (`rlhf.recipes.groups`). Where
+a process reward model pays steps, these are compared with all steps of the group, and that is added to the advantage.
 Everything else is PPO's: the loss, the way answers are drawn and scored (`rlhf.recipes.rollouts`), optimizer steps and
 resuming between any two of them (`rlhf.recipes.updates`).
 
-Left out on purpose: ratios of whole sequences (GSPO), scores of steps, a correction for an outside sampling engine.
+Left out on purpose: ratios of whole sequences (GSPO), a correction for an outside sampling engine.
 Legend: B sequences, R response tokens, N prompts, G answers to each.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf.algo.advantages import GROUP_ADVANTAGES
+from rlhf.algo.advantages import GROUP_ADVANTAGES, process_advantages
 from rlhf.algo.kl import KL_ESTIMATORS, KLController
 from rlhf.algo.loss_weights import LOSS_WEIGHTS
 from rlhf.algo.ppo_loss import entropy_loss, policy_loss, reference_kl_loss
@@ -106,12 +107,19 @@ class GRPO:
             returns_NG = rewards_BR.sum(dim=1).view(-1, groups.group_size)
             advantages_B1 = GROUP_ADVANTAGES[self.config.grpo.advantage](returns_NG).view(-1, 1)
             mask_BR = trajectory.response_mask_BR
+            advantages_BR = torch.where(mask_BR, advantages_B1, torch.zeros_like(rewards_BR))
+            steps = self.rollouts.step_rewards(trajectory, groups.scores)
+            if steps is not None:
+                rewards_BR = rewards_BR + steps.rewards_BR
+                advantages_BR = advantages_BR + process_advantages(
+                    steps.rewards_BR, steps.ends_BR, mask_BR, groups.group_size
+                )
             return Experience(
                 trajectory,
                 reference_BR,
                 rewards_BR,
-                torch.where(mask_BR, advantages_B1, torch.zeros_like(rewards_BR)),
-                torch.tensor(groups.scores.total, device=mask_BR.device),
+                advantages_BR,
+                torch.tensor(groups.scores.returns, device=mask_BR.device),
                 (trajectory.logprobs_BR - reference_BR).sum(dim=1),
             )
 

@@ -100,6 +100,15 @@ class GRPOConfig(OnlineConfig):
     grpo: GRPOSettings = Field(default_factory=GRPOSettings, description="the algorithm")
     kl: GRPOKLConfig = Field(default_factory=GRPOKLConfig, description="the price of leaving the reference")
 
+    @model_validator(mode="after")
+    def _the_kl_is_compared_with_something(self) -> GRPOConfig:
+        if self.kl.place == "reward" and self.kl.coefficient > 0 and not self.pays_once:
+            raise ValueError(
+                "kl.place=reward takes the KL off the score of an answer, but every reward is paid step by step; use "
+                "kl.place=loss, or add a reward that is paid once per answer"
+            )
+        return self
+
     @property
     def updates(self) -> UpdateSettings:
         """See `OnlineConfig.updates`."""

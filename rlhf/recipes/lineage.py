@@ -18,20 +18,23 @@ from rlhf.infra.errors import UserError
 from rlhf.infra.run_folder import data_hashes, read_run_info
 from rlhf.models.backbone import resolve_model
 from rlhf.models.ensemble import member_folders
-from rlhf.recipes.stages import ADAPTER_CONFIG, POLICY, REWARD_MODEL, base_of, locate
+from rlhf.recipes.stages import ADAPTER_CONFIG, POLICY, PROCESS_MODEL, REWARD_MODEL, base_of, locate
 
 # What a model consists of; a README beside it may change.
 _MODEL_FILES = {".safetensors", ".bin", ".pt", ".json", ".model", ".jinja", ".txt"}
+# What a run keeps for whoever names it in a role that begins so; any other role is a policy's.
+_KEPT_BY_ROLE = {"reward_model": REWARD_MODEL, "process_model": PROCESS_MODEL}
 _WHOLE_BYTES = 2**30
 _SAMPLE_BYTES = 2**24
 
 
 def fingerprints(lineage: Mapping[str, str], output_dir: Path) -> dict[str, str]:
     """A checksum of the files of each source, of the base model under an adapter too; by the source's role."""
-    return {
-        role: _of_model(locate(source, output_dir, REWARD_MODEL if role.startswith("reward_model") else POLICY))
-        for role, source in lineage.items()
-    }
+    return {role: _of_model(locate(source, output_dir, _kept_for(role))) for role, source in lineage.items()}
+
+
+def _kept_for(role: str) -> str:
+    return next((kept for start, kept in _KEPT_BY_ROLE.items() if role.startswith(start)), POLICY)
 
 
 def refuse_changed(folder: Path, found: Mapping[str, str], data_files: Iterable[Path]) -> None:

@@ -9,10 +9,12 @@ from pydantic import Field, model_validator
 from rlhf.algo.trainer import OptimizerConfig
 from rlhf.data.data_config import PromptDataConfig
 from rlhf.infra.config import Config
+from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import RunConfig
 from rlhf.models.backbone import ModelConfig
 from rlhf.models.decoding import GenerationConfig
-from rlhf.rewards.protocol import RewardTermConfig, term_names
+from rlhf.rewards.process import process_term_config
+from rlhf.rewards.protocol import RewardTermConfig, reward_sources
 from rlhf.rewards.shaping import ShapingConfig
 
 
@@ -50,6 +52,7 @@ class OnlineConfig(Config):
         default_factory=ModelConfig, description="adapters, where the policy brings none; dtype of weights"
     )
     reward_model: str | None = Field(None, description="run or folder behind the reward `model`, or a hub classifier")
+    process_model: str | None = Field(None, description="run or folder of a process reward model, for `process`")
     rewards: list[RewardTermConfig] = Field(
         default_factory=lambda: [RewardTermConfig(name="model")], description="what an answer is worth: weighted terms"
     )
@@ -74,6 +77,21 @@ class OnlineConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _steps_can_be_paid(self) -> OnlineConfig:
+        try:
+            for term in self.rewards:
+                if term.name == "process":
+                    process_term_config(term.arguments)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @property
+    def pays_once(self) -> bool:
+        """Whether a term of the reward is paid once per answer, and not step by step."""
+        return any(not (term.name == "process" and term.arguments.get("per_step")) for term in self.rewards)
+
     @property
     def updates(self) -> UpdateSettings:
         """The recipe's own section, as far as every recipe has it."""
@@ -87,10 +105,7 @@ class OnlineConfig(Config):
     @property
     def lineage(self) -> dict[str, str]:
         """The runs and models that this one starts from or asks, by role."""
-        asked = {} if self.reward_model is None else {"reward_model": self.reward_model}
-        named = {term_name: term.model for term_name, term in zip(term_names(self.rewards), self.rewards, strict=True)}
-        asked |= {f"reward_model_{name}": model for name, model in named.items() if model is not None}
-        return {"policy": self.policy} | asked
+        return {"policy": self.policy} | reward_sources(self.rewards, self.reward_model, self.process_model)
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
@@ -102,6 +117,11 @@ class OnlineConfig(Config):
             idle["model.lora.lora_dropout"] = "dropout acts in SFT and reward modelling only"
         if not any(term.is_learned and term.model is None for term in self.rewards):
             idle["reward_model"] = "no term of `rewards` is called model, or each names a model of its own"
+        if not any(term.name == "process" and term.model is None for term in self.rewards):
+            idle["process_model"] = "no term of `rewards` is called process, or each names a model of its own"
+        if not self.pays_once:
+            reason = "every reward is paid step by step, and only scores of whole answers are normalised and clipped"
+            idle |= {"shaping.normalise": reason, "shaping.clip": reason}
         if self.model.train == "full":
             idle["generation.merge_adapter"] = "model.train is full, so there is no adapter"
         if self.run.dtype != "fp32":

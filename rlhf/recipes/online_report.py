@@ -70,6 +70,12 @@ def reward_metrics(rollout: Rollout) -> dict[str, float]:
             )
         ),
     }
+    if scores.by_step:
+        values = [value for steps in scores.by_step for _, value in steps]
+        line |= {
+            "reward/steps": len(values) / len(scores.by_step),
+            "reward/step_mean": sum(values) / max(1, len(values)),
+        }
     line |= {f"reward/term/{name}": sum(values) / len(values) for name, values in scores.by_term.items()}
     return line | {f"reward/ensemble/{name}": sum(values) / len(values) for name, values in scores.details.items()}
 

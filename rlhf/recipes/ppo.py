@@ -96,8 +96,14 @@ class PPO:
         reference_BR = self.rollouts.reference_logprobs(trajectory)
         with self.timer("advantage"):
             settings, mask_BR = self.config.ppo, trajectory.response_mask_BR
+            steps = self.rollouts.step_rewards(trajectory, scores)
             rewards_BR = token_rewards(
-                trajectory, shaped.scores_B, reference_BR, self.progress.kl.coefficient, self.config.kl.estimator
+                trajectory,
+                shaped.scores_B,
+                reference_BR,
+                self.progress.kl.coefficient,
+                self.config.kl.estimator,
+                None if steps is None else steps.rewards_BR,
             )
             if settings.whiten_rewards:
                 rewards_BR = masked_whiten(rewards_BR, mask_BR, subtract_mean=False)
@@ -115,7 +121,7 @@ class PPO:
                 reference_BR,
                 rewards_BR,
                 advantages_BR,
-                torch.tensor(scores.total, device=mask_BR.device),
+                torch.tensor(scores.returns, device=mask_BR.device),
                 (trajectory.logprobs_BR - reference_BR).sum(dim=1),
                 values_BR,
                 estimated.returns_BR,

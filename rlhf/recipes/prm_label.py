@@ -33,7 +33,7 @@ from rlhf.recipes.portions import Portion, fill_in_portions
 from rlhf.recipes.prm_label_config import StepLabelConfig
 from rlhf.recipes.sft import announce
 from rlhf.recipes.stages import build_reward, load_policy
-from rlhf.rewards.protocol import CombinedReward
+from rlhf.rewards.protocol import CombinedReward, reward_sources
 from rlhf.rollout.cache import CachedAnswer, weights_hash
 from rlhf.rollout.completions import Completer
 
@@ -71,7 +71,7 @@ def run_prm_label(config: StepLabelConfig, resume: Path | None = None) -> Run:
         prepare,
         label,
         settings=config.run,
-        lineage={"policy": config.policy},
+        lineage={"policy": config.policy} | reward_sources(config.rewards, None, None),
         data_files=config.data.files(),
         resume=resume,
     )

@@ -9,6 +9,8 @@ from rlhf.infra.config import Config, load_config
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.infra.run_folder import CONFIG, read_run_info
+from rlhf.recipes.best_of_n import run_best_of_n
+from rlhf.recipes.best_of_n_config import BestOfNConfig
 from rlhf.recipes.dpo import DPOConfig, run_dpo
 from rlhf.recipes.evaluate import EvaluateConfig
 from rlhf.recipes.grpo import run_grpo
@@ -39,6 +41,7 @@ CONFIGS: dict[str, type[Config]] = {
     "kto": KTOConfig,
     "ppo": PPOConfig,
     "grpo": GRPOConfig,
+    "best_of_n": BestOfNConfig,
     "eval": EvaluateConfig,
     "judge_compare": CompareConfig,
     "judge_validate": ValidateConfig,
@@ -48,10 +51,11 @@ CONFIGS: dict[str, type[Config]] = {
 
 def config_class(recipe: str) -> type[Config]:
     """The config class of a recipe by its name; `rm` is another word for reward, a hyphen as good as an underscore."""
-    name = "reward" if recipe == "rm" else recipe.replace("-", "_")
-    if name not in CONFIGS:
+    spelt = {name.replace("_", "-"): cls for name, cls in CONFIGS.items()} | {"rm": RewardConfig}
+    found = spelt.get(recipe.replace("_", "-"))
+    if found is None:
         raise UserError(f"no recipe '{recipe}'; choose from {', '.join(CONFIGS)}")
-    return CONFIGS[name]
+    return found
 
 
 def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -> Run | None:
@@ -85,6 +89,8 @@ def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -
         return run_ppo(config, folder)
     if isinstance(config, GRPOConfig):
         return run_grpo(config, folder)
+    if isinstance(config, BestOfNConfig):
+        return run_best_of_n(config, folder)
     # Evaluating and judging have no half-way state but the answers and replies in the cache.
     again = {"overwrite": True, "name": folder.name, "output_dir": folder.parent}
     assert isinstance(config, EvaluateConfig | RewardReportConfig | CompareConfig | ValidateConfig)

@@ -29,6 +29,7 @@ from rlhf.recipes.online_config import OnlineConfig
 from rlhf.recipes.sft import announce
 from rlhf.recipes.stages import build_reward, start_policy
 from rlhf.rewards.detectors import refusal_flags, repetition_share
+from rlhf.rewards.process import StepRewards, step_rewards
 from rlhf.rewards.protocol import CombinedReward, Scores
 from rlhf.rewards.shaping import RunningMoments, ShapedScores, shape_scores
 from rlhf.rewards.verifiers import check_columns
@@ -61,7 +62,12 @@ def prepare_online(
     encoder = ChatEncoder(backbone.tokenizer, config.data.system_prompt)
     prompts, _ = PromptDataset.load(config.data, encoder, rejected_rows)
     reward = build_reward(
-        config.rewards, config.reward_model, config.run.output_dir, backbone, config.data.system_prompt
+        config.rewards,
+        config.reward_model,
+        config.run.output_dir,
+        backbone,
+        config.data.system_prompt,
+        config.process_model,
     )
     notes = check_columns(reward.terms, [prompt.columns for prompt in prompts.examples])
     # Loading a reward adapter onto the shared base must not leave it trainable.
@@ -126,6 +132,12 @@ class Rollouts:
                 "finished": trajectory.finished_B.tolist(),
             }
             return self.parts.reward([example.prompt for example in batch], self.texts(trajectory), columns)
+
+    def step_rewards(self, trajectory: Trajectory, scores: Scores) -> StepRewards | None:
+        """What the rewards pay where steps end; None where all of them are paid once per answer."""
+        if not self.parts.reward.is_stepwise:
+            return None
+        return step_rewards(scores.by_step, trajectory, self.parts.encoder.decode)
 
     def texts(self, trajectory: Trajectory) -> list[str]:
         """The answers as rewards and people read them: without special tokens and stop strings."""

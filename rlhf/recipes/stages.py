@@ -23,12 +23,21 @@ from rlhf.models.adapter_files import save_adapter
 from rlhf.models.backbone import BUNDLED_MODEL, Backbone, ModelConfig
 from rlhf.models.lora import LoRAConfig, merge_lora_weights
 from rlhf.models.policy import Policy
+from rlhf.models.process_reward_model import ProcessRewardModel
 from rlhf.models.quantized import read_quantisation, write_quantisation
 from rlhf.models.reference import Reference
 from rlhf.models.reward_model import AnyReward, RewardEnsemble, load_reward_model
 from rlhf.models.value_head import ValueHead
 from rlhf.rewards.learned import LearnedReward
-from rlhf.rewards.protocol import CombinedReward, RewardFunction, RewardTerm, RewardTermConfig, load_function
+from rlhf.rewards.process import process_reward, process_term_config
+from rlhf.rewards.protocol import (
+    CombinedReward,
+    RewardFunction,
+    RewardTerm,
+    RewardTermConfig,
+    StepwiseReward,
+    load_function,
+)
 from rlhf.rewards.rules import RULES, make_rule
 from rlhf.rewards.verifiers import VERIFIERS
 
@@ -205,15 +214,20 @@ def build_reward(
     output_dir: Path,
     backbone: Backbone,
     system_prompt: str | None = None,
+    process_model: str | None = None,
 ) -> CombinedReward:
-    """Rules, verifiers, functions and the reward model; a reward model of the same base joins the policy's backbone.
+    """Rules, verifiers, functions and reward models; a reward model of the same base joins the policy's backbone.
 
     Raises:
-        UserError: a name means nothing, or `model` is asked for and `reward_model` names none.
+        UserError: a name means nothing, or a reward model is asked for and none is named.
     """
     made, rules = [], RULES | VERIFIERS
     for place, term in enumerate(terms):
-        if term.is_learned:
+        if term.name == "process":
+            process_term_config(term.arguments)
+            judge = load_process_model(term.model or process_model, output_dir, backbone, f"process_of_term_{place}")
+            function: RewardFunction | StepwiseReward = process_reward(judge, term.arguments, system_prompt)
+        elif term.is_learned:
             if term.model is not None and term.name in rules:
                 raise UserError(
                     f"the reward '{term.name}' is a rule; give the term with model={term.model} another name"
@@ -221,17 +235,28 @@ def build_reward(
             # Adapters of several reward models stand on the one base.
             adapter = "reward" if place == 0 else f"reward_of_term_{place}"
             model = load_term_model(term, reward_model, output_dir, backbone, adapter)
-            function: RewardFunction = LearnedReward(model, backbone.tokenizer, system_prompt)
+            function = LearnedReward(model, backbone.tokenizer, system_prompt)
         elif term.name in rules:
             function = make_rule(term.name, term.arguments, rules)
         elif ":" in term.name:
             function = load_function(term.name)
         else:
             raise UserError(
-                f"no reward '{term.name}': take `model`, module:function, or one of {', '.join(sorted(rules))}"
+                f"no reward '{term.name}': take `model`, `process`, module:function, or one of "
+                f"{', '.join(sorted(rules))}"
             )
         made.append(RewardTerm(term.name, function, term.weight))
     return CombinedReward(made)
+
+
+def load_process_model(
+    source: str | None, output_dir: Path, backbone: Backbone, adapter: str = "process"
+) -> ProcessRewardModel:
+    """The process reward model of a run or folder, on the backbone where it has that base; UserError without one."""
+    if source is None:
+        raise UserError("the reward `process` needs process_model=<run or folder>, or use other rewards")
+    folder = Path(locate(source, output_dir, PROCESS_MODEL))
+    return ProcessRewardModel.load(folder, backbone, adapter, backbone.dtype_name)
 
 
 def load_term_model(

@@ -1,25 +1,56 @@
 """A process reward model as a reward: every step of an answer is scored, and the steps make one score or many rewards.
 
-Legend: S steps of an answer.
+Legend: S steps of an answer; B sequences, R response tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from rlhf.algo.process_loss import AGGREGATIONS
+from rlhf.algo.process_loss import AGGREGATIONS, STEP_REWARDS
 from rlhf.data.chat import ChatEncoder
 from rlhf.data.collate import batches_by_tokens, step_batch
 from rlhf.data.rows import Prompt
 from rlhf.data.step_dataset import encode_solutions
-from rlhf.data.step_splitter import LINES, StepSplitter
+from rlhf.data.step_splitter import LINES, Decode, StepSplitter, tokens_until, tokens_within
+from rlhf.infra.config import Config
 from rlhf.infra.errors import UserError
 from rlhf.models.process_reward_model import ProcessRewardModel
 from rlhf.rewards.learned import SCORING_TOKENS
+from rlhf.rewards.protocol import RewardFunction, StepValue, StepwiseReward
+from rlhf.rollout.trajectory import Trajectory
+
+
+class ProcessTermConfig(Config):
+    """`arguments` of the reward `process`."""
+
+    aggregation: Literal["min", "product", "last"] = Field(
+        "min", description="the score of an answer: its most doubted step, the product over steps, or the last step"
+    )
+    split: str = Field(LINES, description="regular expression of what stands between two steps of an answer")
+    per_step: Literal["probability", "log_probability", "change"] | None = Field(
+        None, description="pay every step where it ends, this much, instead of one score per answer (PPO and GRPO)"
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_pay(self) -> ProcessTermConfig:
+        if self.per_step and "aggregation" in self.model_fields_set:
+            raise ValueError("aggregation has no effect here because per_step pays every step")
+        return self
+
+
+@dataclass(frozen=True)
+class StepRewards:
+    """What is paid on the way (B, R), and where steps end: a step may be worth 0."""
+
+    rewards_BR: Tensor
+    ends_BR: Tensor
 
 
 class ProcessReward:
@@ -58,6 +89,62 @@ class ProcessReward:
             rows.append(ids)
             ends.append(places)
         return score_steps(self.model, rows, ends, self.max_batch_tokens)
+
+
+class ProcessStepRewards(StepwiseReward):
+    """Every step of an answer with what it is worth by a process reward model."""
+
+    def __init__(self, process: ProcessReward, worth: str) -> None:
+        """`worth` names one of `rlhf.algo.process_loss.STEP_REWARDS`."""
+        self.process, self.worth = process, STEP_REWARDS[worth]
+
+    def by_step(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
+    ) -> list[list[StepValue]]:
+        """See `StepwiseReward`."""
+        spans = [self.process.splitter.spans(text) for text in completions]
+        logits = self.process.step_logits(prompts, completions)
+        return [
+            [(end, value) for (_, end), value in zip(some, self.worth(logits_S).tolist(), strict=True)]
+            for some, logits_S in zip(spans, logits, strict=True)
+        ]
+
+
+def process_term_config(arguments: dict[str, Any]) -> ProcessTermConfig:
+    """The arguments of a reward `process`, checked; raises UserError."""
+    try:
+        return ProcessTermConfig(**arguments)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{name}: " for name in first["loc"])
+        raise UserError(
+            f"reward 'process' does not take {arguments}: {place}{first['msg']}; it takes "
+            f"{', '.join(ProcessTermConfig.model_fields)}"
+        ) from error
+
+
+def process_reward(
+    model: ProcessRewardModel, arguments: dict[str, Any], system_prompt: str | None = None
+) -> RewardFunction | StepwiseReward:
+    """The reward `process` with these arguments (`ProcessTermConfig`)."""
+    config = process_term_config(arguments)
+    process = ProcessReward(model, config.aggregation, config.split, system_prompt)
+    return process if config.per_step is None else ProcessStepRewards(process, config.per_step)
+
+
+def step_rewards(by_step: Sequence[Sequence[StepValue]], trajectory: Trajectory, decode: Decode) -> StepRewards:
+    """Put what steps are worth on the last token of each; `decode` is that by which the answers were read as text.
+
+    Tokens that write nothing belong to the step before them: that which ends an answer is paid for its last step.
+    """
+    rewards_BR = torch.zeros_like(trajectory.logprobs_BR)
+    ends_BR = torch.zeros_like(trajectory.response_mask_BR)
+    for row, (ids, steps) in enumerate(zip(trajectory.responses(), by_step, strict=True)):
+        for end, value in steps:
+            place = max(tokens_until(decode, ids, end), tokens_within(decode, ids, end)) - 1
+            rewards_BR[row, place] += value
+            ends_BR[row, place] = True
+    return StepRewards(rewards_BR, ends_BR)
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ column of the prompt set, and these, which every reward may use or ignore:
 
     prompt_ids, completion_ids   token ids as sampled (list[list[int]]), the stop token included
     finished                     whether each answer ended by itself (list[bool])
+
+A `StepwiseReward` gives a value to every step of an answer, which PPO and GRPO pay where the step ends.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from rlhf.infra.errors import UserError
 from rlhf.models.ensemble import EnsembleRuleName
 
 RewardFunction = Callable[..., Sequence[float]]
+# Where a step ends, in characters of the answer's text, and what it is worth.
+StepValue = tuple[int, float]
 
 
 @runtime_checkable
@@ -45,15 +49,17 @@ class RewardTermConfig(Config):
     """One reward and its weight."""
 
     name: str = Field(
-        description="a rule or verifier, `model`, or a function as `module:function` or `file.py:function`; where "
-        "`model` is given, any name"
+        description="a rule or verifier, `model`, `process`, or a function as `module:function` or `file.py:function`; "
+        "where `model` is given, any name"
     )
     model: str | None = Field(
-        None, description="run, folder or hub name of the reward model behind this term; null: `reward_model`"
+        None,
+        description="run, folder or hub name of the model behind this term; null: `reward_model` or `process_model`",
     )
     weight: float = Field(1.0, description="what its value is multiplied with before all terms are added")
     arguments: dict[str, Any] = Field(
-        default_factory=dict, description="settings of a rule or verifier, such as `text` of target_string"
+        default_factory=dict,
+        description="settings of a rule, a verifier or `process`, such as `text` of target_string",
     )
     rule: EnsembleRuleName | None = Field(
         None, description="how an ensemble's members become one score here; null: as it was saved"
@@ -64,14 +70,15 @@ class RewardTermConfig(Config):
 
     @property
     def is_learned(self) -> bool:
-        """Whether a reward model is behind it."""
-        return self.name == "model" or self.model is not None
+        """Whether a reward model is behind it that gives an answer one score."""
+        return self.name == "model" or (self.model is not None and self.name != "process")
 
     @model_validator(mode="after")
     def _keys_fit_the_kind(self) -> RewardTermConfig:
         if self.arguments and (self.is_learned or ":" in self.name):
             raise ValueError(
-                f"the reward '{self.name}' takes no arguments, only rules and verifiers do; got {self.arguments}"
+                f"the reward '{self.name}' takes no arguments, only rules, verifiers and `process` do; got "
+                f"{self.arguments}"
             )
         if self.model is not None and ":" in self.name:
             raise ValueError(f"the reward '{self.name}' is a function, and model={self.model} names another; use one")
@@ -82,29 +89,55 @@ class RewardTermConfig(Config):
         return self
 
 
+class StepwiseReward:
+    """A reward that is paid step by step."""
+
+    def by_step(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
+    ) -> list[list[StepValue]]:
+        """Every answer's steps, in the order of the text; an answer may have none."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class RewardTerm:
     """A named reward function and its weight."""
 
     name: str
-    function: RewardFunction
+    function: RewardFunction | StepwiseReward
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The weighted sum per answer, and each term's own values before weighting.
+    """What answers are worth.
 
-    `details` are numbers that a term has besides, by `<term>/<name>`, such as what members of an ensemble say.
+    `total` is the weighted sum of the terms that are paid once per answer; `by_term` holds each term's own values
+    before weighting, for a term paid step by step the sum over the steps. `details` are numbers that a term has
+    besides, by `<term>/<name>`, such as what members of an ensemble say. `by_step` are the weighted values of the
+    terms that are paid step by step, empty where there is no such term.
     """
 
     total: list[float]
     by_term: dict[str, list[float]]
     details: dict[str, list[float]] = field(default_factory=dict)
+    by_step: list[list[StepValue]] = field(default_factory=list)
+
+    @property
+    def returns(self) -> list[float]:
+        """All that is paid for each answer, at its end and on the way."""
+        if not self.by_step:
+            return self.total
+        return [end + sum(value for _, value in steps) for end, steps in zip(self.total, self.by_step, strict=True)]
 
     def select(self, rows: Sequence[int]) -> Scores:
         """Those of some answers, in this order."""
-        return Scores([self.total[row] for row in rows], _rows_of(self.by_term, rows), _rows_of(self.details, rows))
+        return Scores(
+            [self.total[row] for row in rows],
+            _rows_of(self.by_term, rows),
+            _rows_of(self.details, rows),
+            [self.by_step[row] for row in rows if self.by_step],
+        )
 
 
 def joined_scores(parts: Sequence[Scores]) -> Scores:
@@ -113,6 +146,7 @@ def joined_scores(parts: Sequence[Scores]) -> Scores:
         [value for part in parts for value in part.total],
         {name: [value for part in parts for value in part.by_term[name]] for name in parts[0].by_term},
         {name: [value for part in parts for value in part.details[name]] for name in parts[0].details},
+        [steps for part in parts for steps in part.by_step],
     )
 
 
@@ -123,6 +157,11 @@ class CombinedReward:
         if not terms:
             raise UserError("no reward was given; name at least one under `rewards`, a rule or `model`")
         self.terms, self.names = list(terms), term_names(terms)
+
+    @property
+    def is_stepwise(self) -> bool:
+        """Whether a term is paid step by step."""
+        return any(isinstance(term.function, StepwiseReward) for term in self.terms)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -135,17 +174,35 @@ class CombinedReward:
         total = [0.0] * len(completions)
         by_term: dict[str, list[float]] = {}
         details: dict[str, list[float]] = {}
+        by_step: list[list[StepValue]] = [[] for _ in completions] if self.is_stepwise else []
         for name, term in zip(self.names, self.terms, strict=True):
+            if isinstance(term.function, StepwiseReward):
+                of_answers = term.function.by_step(prompts, completions, **columns)
+                _as_many(of_answers, completions, name)
+                for place, steps in enumerate(of_answers):
+                    by_step[place] += [(end, term.weight * _finite(value, name, place)) for end, value in steps]
+                by_term[name] = [sum(value for _, value in steps) for steps in of_answers]
+                continue
             if isinstance(term.function, DetailedReward):
                 returned, more = term.function.detailed(prompts, completions, **columns)
                 details |= {f"{name}/{key}": values for key, values in more.items()}
             else:
                 returned = list(term.function(prompts, completions, **columns))
-            if len(returned) != len(completions):
-                raise UserError(f"reward '{name}' returned {len(returned)} values for {len(completions)} completions")
+            _as_many(returned, completions, name)
             values = by_term[name] = [_finite(value, name, place) for place, value in enumerate(returned)]
             total = [t + term.weight * v for t, v in zip(total, values, strict=True)]
-        return Scores(total, by_term, details)
+        return Scores(total, by_term, details, by_step)
+
+
+def reward_sources(
+    terms: Sequence[RewardTermConfig], reward_model: str | None, process_model: str | None
+) -> dict[str, str]:
+    """The models behind a recipe's rewards, by role: its own, and those that terms name."""
+    asked = {"reward_model": reward_model, "process_model": process_model}
+    for name, term in zip(term_names(terms), terms, strict=True):
+        kind = "process_model" if term.name == "process" else "reward_model"
+        asked[f"{kind}_{name}"] = term.model
+    return {role: source for role, source in asked.items() if source is not None}
 
 
 def term_names(terms: Sequence[RewardTerm | RewardTermConfig]) -> list[str]:
@@ -194,6 +251,11 @@ def load_function(name: str, role: str = "reward") -> RewardFunction:
 
 def _rows_of(columns: Mapping[str, Sequence[float]], rows: Sequence[int]) -> dict[str, list[float]]:
     return {name: [values[row] for row in rows] for name, values in columns.items()}
+
+
+def _as_many(returned: Sequence[Any], completions: Sequence[str], name: str) -> None:
+    if len(returned) != len(completions):
+        raise UserError(f"reward '{name}' returned {len(returned)} values for {len(completions)} completions")
 
 
 def _finite(value: Any, name: str, place: int) -> float:

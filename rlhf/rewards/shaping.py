@@ -125,10 +125,20 @@ def soft_overlong_penalty(lengths_B: Tensor, max_length: int, buffer: int) -> Te
 
 
 def token_rewards(
-    trajectory: Trajectory, scores_B: Tensor, reference_logprobs_BR: Tensor, kl_coefficient: float, estimator: str
+    trajectory: Trajectory,
+    scores_B: Tensor,
+    reference_logprobs_BR: Tensor,
+    kl_coefficient: float,
+    estimator: str,
+    steps_BR: Tensor | None = None,
 ) -> Tensor:
-    """-beta * kl_t on every response token, plus the score on the last one; (B, R), 0 where the mask is False."""
+    """-beta * kl_t on every response token, plus the score on the last one; (B, R), 0 where the mask is False.
+
+    `steps_BR` is what is paid where steps end, beside the score.
+    """
     log_ratio_BR = trajectory.logprobs_BR - reference_logprobs_BR
     rewards_BR = -kl_coefficient * KL_ESTIMATORS[estimator](log_ratio_BR)
     rewards_BR = torch.where(trajectory.last_token_BR, rewards_BR + scores_B.unsqueeze(1), rewards_BR)
+    if steps_BR is not None:
+        rewards_BR = rewards_BR + steps_BR
     return torch.where(trajectory.response_mask_BR, rewards_BR, torch.zeros_like(rewards_BR))

@@ -27,6 +27,7 @@ from rlhf.data.tinychat.labeller import LabellerConfig
 from rlhf.infra.config import Config, load_config
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
+from rlhf.recipes.best_of_n import run_best_of_n
 from rlhf.recipes.dpo import run_dpo
 from rlhf.recipes.grpo import run_grpo
 from rlhf.recipes.judge_compare import run_compare
@@ -55,6 +56,7 @@ RUNNERS: dict[str, Callable[..., Any]] = {
     "kto": run_kto,
     "ppo": run_ppo,
     "grpo": run_grpo,
+    "best_of_n": run_best_of_n,
     "eval": run_eval,
     "judge_compare": run_compare,
     "judge_validate": run_validate,
@@ -94,6 +96,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, objec
         ("reward", "reward"),
         ("other_reward", "reward", "run.seed=1"),
         ("ensemble", "reward", "reward.ensemble.members=3"),
+        ("process", "prm"),
+        ("other_process", "prm", "run.seed=1"),
     ]:
         texts = [*overrides(recipe, Changes(""), made), f"run.name={name}", *more]
         RUNNERS[recipe](load_config(CONFIGS[recipe], overrides=texts))

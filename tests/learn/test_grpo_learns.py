@@ -237,8 +237,8 @@ def test_groups_without_spread_are_replaced_until_the_batch_is_full(
     assert drawn.counts["grpo/groups_without_variance"] == drawn.counts["grpo/groups_dropped"] == equal
     assert drawn.counts["grpo/sampling_rounds"] == rounds
     groups = drawn.groups
-    assert len(groups) == 8 and groups.shaped_NG.shape == (8, 8)
-    assert bool((groups.shaped_NG.std(dim=1) > 0).all())
+    assert len(groups) == 8 and groups.worths_NG.shape == (8, 8)
+    assert bool((groups.worths_NG.std(dim=1) > 0).all())
     assert groups.shaped.scores_B.tolist() == pytest.approx(groups.scores.total)
     texts = bench.grpo.rollouts.texts(groups.trajectory)
     assert groups.scores.total == pytest.approx(words([""] * 64, texts), abs=1e-6)  # rows and scores stay together

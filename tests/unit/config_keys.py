@@ -28,6 +28,7 @@ from rlhf.models.ensemble import EnsembleConfig
 from rlhf.models.lora import LoRAConfig
 from rlhf.models.process_reward_model import ProcessRewardModelConfig
 from rlhf.models.reward_model import RewardModelConfig
+from rlhf.recipes.best_of_n_config import BestOfNConfig, SelectionSettings
 from rlhf.recipes.dpo import DPOConfig
 from rlhf.recipes.evaluate import EvaluateConfig
 from rlhf.recipes.grpo_config import GRPOKLConfig, GRPOSettings, GRPOShapingConfig
@@ -111,6 +112,8 @@ BASE = {
     "grpo": ["policy={base}", "rewards=[{{name: target_string, arguments: {{text: red}}}}]", "grpo.num_iterations=2",
              "grpo.num_prompts=4", "grpo.num_generations=4", "grpo.num_epochs=2", "generation.max_new_tokens=6",
              "optimizer.learning_rate=0.01"],
+    "best_of_n": ["policy={base}", "rewards=[{{name: target_string, arguments: {{text: red}}}}]",
+                  "generation.max_new_tokens=6", "best_of_n.num_answers=4", "best_of_n.prompts_at_once=8"],
     "eval": ["models={{base: {base}, tuned: {policy}}}", "generation.max_new_tokens=6", "suite.num_heldout=8"],
     "judge_compare": ["first={answers}", "second={other_answers}", "judges=[{{kind: length}}]"],
     "judge_validate": ["labels={labelled}", "judges=[{{kind: length}}]"],
@@ -147,6 +150,8 @@ def llm_judge(model: str = "plain", more: str = "") -> tuple[str, ...]:
 
 PRICES = "budget: {{price_per_million_prompt_tokens: 3, price_per_million_completion_tokens: 9}}"
 PRICED = llm_judge(more=f", {PRICES}")
+PROCESS_REWARD = ("rewards=[{{name: process}}]", "process_model={process}")
+MEASURED = (f"measured_by=[{TARGET}]",)
 ONE_UPDATE = ("ppo.num_ppo_epochs=1", "ppo.num_mini_batches=1")
 ONE_UPDATE_OF_GROUPS = ("grpo.num_epochs=1", "grpo.num_mini_batches=1")
 
@@ -229,6 +234,15 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
     PromptDataConfig: {
         "max_prompt_length": [Changes("3", UNVALIDATED)],
         "families": [Changes("[facts]", (*TINYCHAT, ".max_samples=8")), Refused("[facts]", IDLE)],
+    },
+    SelectionSettings: {
+        "num_answers": [Changes("3"), Refused("1", "greater than or equal to 2")],
+        "keep": [Changes("2"), Refused("4", "no choice; keep fewer")],
+        "selection": [Changes("overall")],
+        "min_score": [Changes("0.5")],
+        "keep_unfinished": [Changes("true")],
+        "min_gap": [Changes("1")],
+        "prompts_at_once": [Changes("3")],
     },
     SamplingSettings: {
         "num_solutions": [Changes("3")],
@@ -445,6 +459,14 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "rewards": [Changes("[{{name: length_penalty, arguments: {{target_words: 2}}}}]")],
         "use_cache": [Changes("false")],
     },
+    BestOfNConfig: {
+        "policy": [Changes("{other}")],
+        "reward_model": [Changes("{other_reward}", MODEL_REWARD), Refused("{reward}", IDLE)],
+        "process_model": [Changes("{other_process}", PROCESS_REWARD), Refused("{process}", IDLE)],
+        "rewards": [Changes("[{{name: length_penalty, arguments: {{target_words: 2}}}}]")],
+        "measured_by": [Changes("[{{name: length_penalty, arguments: {{target_words: 2}}}}]")],
+        "use_cache": [Changes("false")],
+    },
     ProcessRewardConfig: {"backbone": [Changes("{other}")]},
     DPOConfig: {
         "policy": [Changes("{other}")],
@@ -471,6 +493,7 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
     },
     OnlineConfig: {
         "policy": [Changes("{other}")],
+        "process_model": [Changes("{other_process}", PROCESS_REWARD), Refused("{process}", IDLE)],
         "reward_model": [Changes("{other_reward}", MODEL_REWARD), Refused("{reward}", IDLE)],
         "rewards": [Changes("[{{name: length_penalty, arguments: {{target_words: 2}}}}]")],
     },
@@ -584,6 +607,25 @@ OF_JUDGES: dict[str, list[Case]] = {
     "run.profile": [Refused("true", IDLE)],
     "run.profile_steps": [Refused("[2, 2]", IDLE)],
 }
+# Recipes that sample and train nothing.
+SAMPLING: dict[str, list[Case]] = {
+    "model.train": [Refused("full", IDLE)],
+    "model.load_in_4bit": [Changes("true")],
+    "model.gradient_checkpointing": [Refused("true", IDLE)],
+    "model.random_init": [Refused("true", "trained weights")],
+    **{f"model.lora.{name}": [Refused(value, IDLE)] for name, value in [
+        ("r", "3"), ("lora_alpha", "5"), ("lora_dropout", "0.5"), ("target_modules", "[q_proj]"),
+        ("use_rslora", "true"),
+    ]},
+    "data.max_validation_samples": [Refused("1", IDLE)],
+    "model.attn_implementation": [Changes("sdpa")],
+    "generation.merge_adapter": [
+        Changes("false", ("policy={policy}",)),
+        Refused("false", IDLE, ("run.dtype=bf16",)),
+        Refused("false", IDLE, ("model.load_in_4bit=true",)),
+    ],
+}  # fmt: skip
+
 # Where one recipe differs from the others that have the section.
 IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
     "judge_compare": OF_JUDGES,
@@ -682,16 +724,29 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
         "data.split_seed": [Changes("1"), Refused("1", IDLE, (".validation_files={more_steps}",))],
         "data.hh_as_messages": [Changes("true", (".train_files={hh_steps}",)), Refused("true", IDLE, TINYCHAT)],
     },
-    "prm_label": {
-        "model.train": [Refused("full", IDLE)],
-        "model.load_in_4bit": [Changes("true")],
-        "model.gradient_checkpointing": [Refused("true", IDLE)],
-        "model.random_init": [Refused("true", "trained weights")],
-        **{f"model.lora.{name}": [Refused(value, IDLE)] for name, value in [
-            ("r", "3"), ("lora_alpha", "5"), ("lora_dropout", "0.5"), ("target_modules", "[q_proj]"),
-            ("use_rslora", "true"),
-        ]},
-        "data.max_validation_samples": [Refused("1", IDLE)],
+    "best_of_n": SAMPLING | {
+        "generation.temperature": [Changes("0.7"), Refused("0", "all answers to a prompt are the same")],
+        "generation.top_p": [Changes("0.5")],
+        "generation.top_k": [Changes("3")],
+        "measured_by.0.name": [Changes("length_penalty", ("measured_by=[{{name: phrase_endings}}]",))],
+        "measured_by.0.weight": [Changes("3", MEASURED)],
+        "measured_by.0.arguments": [Changes("{{text: green}}", MEASURED)],
+        "rewards.0.model": [
+            Changes("{other_reward}", ("rewards=[{{name: helpful, model: {reward}}}]",)),
+            Changes("{other_process}", ("rewards=[{{name: process, model: {process}}}]",)),
+            Refused("{other_reward}", "or each names a model of its own", MODEL_REWARD),
+        ],
+        "measured_by.0.model": [Changes("{other_reward}", ("measured_by=[{{name: helpful, model: {reward}}}]",))],
+        "measured_by.0.rule": [
+            Changes("worst", ("measured_by=[{{name: a, model: {ensemble}}}]",)),
+            Refused("worst", "has no members", MEASURED),
+        ],
+        "measured_by.0.penalty": [
+            Changes("9", ("measured_by=[{{name: a, model: {ensemble}, rule: penalised}}]",)),
+            Refused("9", "has no members", MEASURED),
+        ],
+    },
+    "prm_label": SAMPLING | {
         "rewards.0.arguments": [Changes("{{text: green}}", RULES_ONLY)],
         "rewards.0.weight": [Changes("0.1")],
         "rewards.0.model": [Changes("{other_reward}", ("rewards=[{{name: a, model: {reward}}}]",))],
@@ -703,15 +758,9 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
             Changes("9", ("rewards=[{{name: a, model: {ensemble}, rule: penalised}}]", "sampling.right_from=0")),
             Refused("9", "has no members"),
         ],
-        "model.attn_implementation": [Changes("sdpa")],
         "generation.temperature": [Changes("0.7"), Refused("0", "all solutions of a question")],
         "generation.top_p": [Changes("0.5"), Refused("0.5", IDLE, GREEDY)],
         "generation.top_k": [Changes("3"), Refused("3", IDLE, GREEDY)],
-        "generation.merge_adapter": [
-            Changes("false", ("policy={policy}",)),
-            Refused("false", IDLE, ("run.dtype=bf16",)),
-            Refused("false", IDLE, ("model.load_in_4bit=true",)),
-        ],
     },
     "dpo": {
         "training.max_tokens_per_micro_batch": [Changes("20")],

@@ -28,6 +28,8 @@ NAMES = (
     "other_reward",
     "measured",
     "ensemble",
+    "process",
+    "other_process",
 )
 DATA = ("pairs", "more", "renamed", "hh", "chats", "steps", "more_steps", "renamed_steps", "hh_steps")
 PLACES = {name: f"somewhere/{name}" for name in NAMES} | {name: f"{name}.jsonl" for name in DATA}

@@ -15,6 +15,7 @@ from schema_check import mistakes
 from rlhf.infra.config import explicit_keys, given_keys, load_config
 from rlhf.infra.config_errors import known_keys
 from rlhf.infra.config_view import json_schema, view
+from rlhf.infra.errors import UserError
 from rlhf.infra.yaml_tree import read_yaml_file
 from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.resume import CONFIGS, config_class
@@ -24,7 +25,8 @@ CONFIG_FILES = Path(__file__).parents[2] / "configs"
 
 def recipe_of(path: Path) -> str:
     """The recipe a bundled file is for: that of the command in its header, or of its name, or a whole pipeline."""
-    command = re.search(rf"^#.*\brlhf ({'|'.join([*CONFIGS, 'rm'])}) ", path.read_text(encoding="utf-8"), re.MULTILINE)
+    verbs = "|".join(name.replace("_", "-") for name in [*CONFIGS, "rm"])
+    command = re.search(rf"^#.*\brlhf ({verbs}) ", path.read_text(encoding="utf-8"), re.MULTILINE)
     first = path.stem.partition("_")[0]
     return command[1] if command else first if first in CONFIGS else "pipeline"
 
@@ -43,6 +45,14 @@ def heir(tmp_path: Path) -> Path:
     path = tmp_path / "heir.yaml"
     path.write_text("extends: base.yaml\nkl: {target: 3}\nrewards: [{name: 'x.py:f'}]\n")
     return path
+
+
+def test_a_recipe_is_found_however_its_name_is_spelt() -> None:
+    for name, cls in CONFIGS.items():
+        assert cls is config_class(name) is config_class(name.replace("_", "-")) is config_class(name.replace("-", "_"))
+    assert config_class("rm") is CONFIGS["reward"]
+    with pytest.raises(UserError, match="no recipe 'rmm'; choose from pretrain, sft"):
+        config_class("rmm")
 
 
 # ---------------------------------------------------------------- show

@@ -19,6 +19,7 @@ from rlhf.recipes.resume import CONFIGS
 STAGES = {"pretrain": "pretrain", "sft": "sft", "reward": "reward", "dpo": "dpo", "ppo": "ppo", "evaluate": "eval"}
 PLACES = {name: f"some/{name}" for name in ("base", "other", "tokenizer", "policy", "reward", "other_reward")}
 PLACES |= {name: f"some/{name}" for name in ("refuser", "elsewhere", "splits", "measured", "ensemble")}
+PLACES |= {name: f"some/{name}" for name in ("process", "other_process")}
 PLACES |= {name: f"{name}.jsonl" for name in ("pairs", "more", "renamed", "hh", "chats")}
 PLACES |= {"absent_device": "cuda", "server": "http://127.0.0.1:1/v1", "key_variable": "A_KEY", "functions": "mine.py"}
 RUN = {f"run.{name}" for name in RunConfig.model_fields}

@@ -12,12 +12,16 @@ from torch import Tensor
 from rlhf.algo.process_loss import (
     AGGREGATIONS,
     ESTIMATES,
+    STEP_REWARDS,
     hard_estimate,
     last,
     minimum,
     product,
     soft_estimate,
+    step_change,
+    step_log_probability,
     step_loss,
+    step_probability,
 )
 
 LOGITS = torch.tensor([[0.0, math.log(3), -math.log(4)], [math.log(9), math.log(4), 7.0]], dtype=torch.float64)
@@ -101,3 +105,18 @@ def test_a_long_product_stays_a_probability() -> None:
     sure = float(product(torch.full((1, 2000), 12.0), everywhere))
     assert sure == pytest.approx(math.exp(-2000 * math.log1p(math.exp(-12))), rel=1e-3)
     assert float(product(torch.full((1, 2000), -12.0), everywhere)) == 0
+
+
+def test_what_steps_are_worth_one_by_one() -> None:
+    logits = LOGITS[0]  # probabilities 1/2, 3/4, 1/5
+    torch.testing.assert_close(step_probability(logits), p(0.5, 0.75, 0.2))
+    torch.testing.assert_close(step_log_probability(logits), p(math.log(0.5), math.log(0.75), math.log(0.2)))
+    torch.testing.assert_close(step_change(logits), p(0.5, 0.25, -0.55))
+    names = {"probability": step_probability, "log_probability": step_log_probability, "change": step_change}
+    assert names == STEP_REWARDS
+    everywhere = torch.ones(1, 3, dtype=torch.bool)
+    torch.testing.assert_close(step_change(logits).sum(), last(logits.unsqueeze(0), everywhere)[0])
+    torch.testing.assert_close(step_log_probability(logits).sum().exp(), product(logits.unsqueeze(0), everywhere)[0])
+    for worth in STEP_REWARDS.values():
+        assert worth(logits[:0]).shape == (0,)
+        assert bool(worth(p(-900.0, 900.0)).isfinite().all())

@@ -11,15 +11,26 @@ import numpy as np
 import pytest
 import torch
 from tiny_backbones import add_trained_adapter, random_prompts, tiny_backbone, word_tokenizer
+from tiny_tokenizers import byte_level
 from torch import Tensor
 
 from rlhf.data.chat import ChatEncoder
+from rlhf.data.rows import Prompt
 from rlhf.infra.errors import UserError
 from rlhf.models.reward_model import RewardModel, ScoreScale
 from rlhf.recipes.stages import build_reward
 from rlhf.rewards.detectors import refusal_flags, repetition_share
 from rlhf.rewards.learned import LearnedReward, same_tokenizer
-from rlhf.rewards.protocol import CombinedReward, RewardTerm, RewardTermConfig, load_function
+from rlhf.rewards.process import process_term_config, step_rewards
+from rlhf.rewards.protocol import (
+    CombinedReward,
+    RewardTerm,
+    RewardTermConfig,
+    StepValue,
+    StepwiseReward,
+    joined_scores,
+    load_function,
+)
 from rlhf.rewards.rules import RULES, make_rule
 from rlhf.rewards.shaping import RunningMoments, ShapingConfig, shape_scores, token_rewards
 from rlhf.rollout.trajectory import Trajectory
@@ -408,3 +419,84 @@ def test_C12_by_ids_and_by_text_agree_on_finished_answers(model: RewardModel) ->
 def test_raw_scores_on_request(model: RewardModel) -> None:
     reward = LearnedReward(model, word_tokenizer(), standardise=False)
     assert reward.score_ids([[5, 6]]).tolist() == pytest.approx([float(model(torch.tensor([[5, 6]])))], abs=1e-6)
+
+
+# ---------------------------------------------------------------- paid step by step
+
+
+class Sentences(StepwiseReward):
+    """Every sentence is worth its number of words."""
+
+    def by_step(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Any) -> list[list[StepValue]]:
+        found = []
+        for text in completions:
+            ends = [place for place, character in enumerate(text) if character == "."]
+            starts = [0, *(end + 1 for end in ends)]
+            found.append([(end, len(text[start:end].split())) for start, end in zip(starts, ends, strict=False)])
+        return found
+
+
+def test_steps_are_weighted_and_kept_apart_from_scores() -> None:
+    reward = CombinedReward(
+        [RewardTerm("steps", Sentences(), 0.5), RewardTerm("words", lambda p, c, **_: [float(len(t)) for t in c], 2)]
+    )
+    assert reward.is_stepwise
+    scores = reward(["", "", ""], ["a b. c. d", "nothing", "x."], {})
+    assert scores.total == [18.0, 14.0, 4.0]
+    assert scores.by_step == [[(3, 1.0), (6, 0.5)], [], [(1, 0.5)]]
+    assert scores.by_term == {"steps": [3, 0, 1], "words": [9, 7, 2]}
+    assert scores.returns == [19.5, 14.0, 4.5]
+    some = scores.select([2, 0])
+    assert (some.total, some.by_step, some.by_term["steps"]) == ([4.0, 18.0], [[(1, 0.5)], scores.by_step[0]], [1, 3])
+    assert joined_scores([some, scores.select([1])]) == scores.select([2, 0, 1])
+    plain = CombinedReward([RewardTerm("words", lambda p, c, **_: [1.0] * len(c))])([""], ["a"], {})
+    assert not plain.by_step and plain.returns is plain.total and joined_scores([plain, plain]).total == [1.0, 1.0]
+    with pytest.raises(UserError, match="returned nan for completion 0"):
+        CombinedReward([RewardTerm("bad", NotANumber())])([""], ["a"], {})
+    with pytest.raises(UserError, match="returned 1 values for 2 completions"):
+        CombinedReward([RewardTerm("bad", NotANumber())])(["", ""], ["a", "b"], {})
+
+
+class NotANumber(StepwiseReward):
+    def by_step(self, prompts: Sequence[Prompt], completions: Sequence[str], **columns: Any) -> list[list[StepValue]]:
+        return [[(1, math.nan)]]
+
+
+def test_steps_are_paid_on_their_last_tokens() -> None:
+    encoder = ChatEncoder(byte_level(["</s>"], "</s>", vocab_size=256))
+    texts = ["one. two. three.", "é. x", ""]
+    ids = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    rows = torch.zeros(3, 20, dtype=torch.long)
+    for row, some in zip(rows, ids, strict=True):
+        row[: len(some)] = torch.tensor(some, dtype=torch.long)
+    lengths = torch.tensor([len(some) for some in ids])
+    mask = torch.arange(20) < lengths.unsqueeze(1)
+    prompt, nothing = torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, 20)
+    ended = encoder.stop_token_ids[0]
+    rows[0, 16], mask[0, 16] = ended, True
+    trajectory = Trajectory(prompt, prompt == 0, rows, mask, nothing, nothing, None, lengths > 0, 1.0)
+    paid = step_rewards([[(3, 1.0), (8, 2.0), (8, 0.25), (16, 0.0)], [(1, 4.0)], []], trajectory, encoder.decode)
+    # One token a character, but two for the accented one, which is whole with the second, and one for the end.
+    assert {tuple(place): float(paid.rewards_BR[tuple(place)]) for place in paid.ends_BR.nonzero().tolist()} == {
+        (0, 2): 1.0,
+        (0, 7): 2.25,
+        (0, 16): 0.0,
+        (1, 1): 4.0,
+    }
+    assert float(paid.rewards_BR.abs().sum()) == 7.25
+    whole = token_rewards(trajectory, torch.tensor([10.0, 20.0, 30.0]), nothing, 0.5, "k1", paid.rewards_BR)
+    assert whole.sum(dim=1).tolist() == [13.25, 24.0, 0.0]
+    assert (whole[0, 2], whole[0, 16], whole[1, 4]) == (1.0, 10.0, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"agregation": "min"}, r"agregation: .*it takes aggregation, split, per_step"),
+        ({"aggregation": "mean"}, "'min', 'product' or 'last'"),
+        ({"per_step": "change", "aggregation": "last"}, "aggregation has no effect here because per_step"),
+    ],
+)
+def test_arguments_of_a_process_reward_are_checked(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        process_term_config(arguments)
