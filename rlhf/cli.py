@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -243,6 +244,52 @@ def bench(
     typer.echo(f"\n{table(found)}")
     if json_file is not None:
         write_comparison(found, json_file)
+
+
+@app.command()
+def plan(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="Config file, run folder, or a recipe with --config.", show_default=False, metavar="CONFIG"
+        ),
+    ],
+    config: ConfigOption = None,
+    overrides: Overrides = None,
+    memory_gb: Annotated[
+        float | None, typer.Option(min=0.1, help="Memory of the device in GB (10^9 bytes); default: this machine's.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps instead of run.device.")] = None,
+    shape: Annotated[
+        Path | None, typer.Option(help="config.json of a base that cannot be found here.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Predict the peak memory of every phase, and what to change where it does not fit (exit code 1)."""
+    from rlhf.infra.device import device_name
+    from rlhf.recipes.plan import make_plan, read_plan_config
+    from rlhf.recipes.plan_predict import Machine
+    from rlhf.recipes.plan_show import advice_lines, stage_lines
+
+    recipe, settings = read_plan_config(what, config, overrides or [])
+    machine = Machine.of(device_name(device or dict(settings)["run"].device), memory_gb)
+
+    def say(lines: Iterable[str]) -> None:
+        for line in lines if not as_json else ():
+            typer.echo(line)
+
+    plan = make_plan(
+        recipe,
+        settings,
+        machine,
+        shape,
+        lambda stage: say(stage_lines(stage, machine)),
+        lambda advice: say(advice_lines(advice, machine)),
+    )
+    if as_json:
+        typer.echo(plan.to_json())
+    if not plan.fits:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -17,6 +17,14 @@ DtypeName = Literal["fp32", "bf16", "fp16"]
 _DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def device_name(text: str) -> DeviceName:
+    """The text as the name of a device, present or not. Raises `UserError` for anything else."""
+    names: dict[str, DeviceName] = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "mps": "mps"}
+    if text not in names:
+        raise UserError(f"device must be auto, cpu, cuda or mps, got '{text}'")
+    return names[text]
+
+
 def resolve_device(name: DeviceName) -> torch.device:
     """The device of that name; `auto` takes CUDA, then MPS, then the CPU. Raises `UserError` for one that is absent."""
     has_cuda = torch.cuda.is_available()

@@ -40,8 +40,12 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,  # transformers' convention: what one kind of attention does not know, another may
 ) -> tuple[Tensor, None]:
-    """Attend as `sdpa` does; returns (B, Q, H, D). A mask that adds (see `attention_mask`) marks short rows."""
-    if attention_mask is None or not attention_mask.is_floating_point() or dropout > 0:
+    """Attend as `sdpa` does; returns (B, Q, H, D). A mask that adds (see `attention_mask`) marks short rows.
+
+    Rows of several answers bring such a mask of their own, at any length; the long ones go to the fused kernel too.
+    """
+    is_short = attention_mask is not None and attention_mask.is_floating_point() and key_BHKD.shape[-2] <= MAX_SHORT
+    if not is_short or dropout > 0:
         return sdpa_attention_forward(
             module, query_BHQD, key_BHKD, value_BHKD, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -31,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rlhf.data.chat import prepare_tokenizer
 from rlhf.data.forest import Forest, plant
+from rlhf.infra.allocator import return_freed_memory
 from rlhf.infra.config import Config
 from rlhf.infra.device import autocast, torch_dtype
 from rlhf.infra.errors import UserError
@@ -164,7 +165,27 @@ class Backbone(nn.Module):
                 model = kind.from_pretrained(source, dtype=dtype, **extra)
         except (OSError, ValueError) as error:
             raise _unreadable(config.name_or_path, error) from error
-        if config.attn_implementation is None and (device is None or device.type == "cpu"):
+        if device is None or device.type == "cpu":
+            return_freed_memory(sum(parameter.nbytes for parameter in model.parameters()))
+        backbone = cls.around(model, tokenizer, config, dtype_name, on_cpu=device is None or device.type == "cpu")
+        return backbone if device is None else backbone.to(device)
+
+    @classmethod
+    def around(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ModelConfig,
+        dtype_name: str,
+        *,
+        on_cpu: bool,
+    ) -> Backbone:
+        """A model that is there already, set up as the config says; it may lack its weights (see `models.hollow`).
+
+        Raises:
+            UserError: the model cannot be trained or recomputed as asked.
+        """
+        if on_cpu and config.attn_implementation is None:
             prefer_short_rows(model)
         backbone = cls(model, tokenizer, config.name_or_path, dtype_name)
         backbone.quantisation = config.quantisation
@@ -175,7 +196,7 @@ class Backbone(nn.Module):
             )
         if config.gradient_checkpointing:
             backbone.recompute_in_backward()
-        return backbone if device is None else backbone.to(device)
+        return backbone
 
     def recompute_in_backward(self) -> None:
         """Keep only the input of each block in a forward with gradients: less memory for a second forward's time.

@@ -49,7 +49,7 @@ class ScoringModel(nn.Module):
             backbone = Backbone.load(model_config.model_copy(update=held))
         self.backbone, self.train_mode = backbone, train
         self.adapter = None if train == "full" else adapter
-        self.head = nn.Linear(backbone.width, 1, bias=self.has_bias).to(backbone.device)
+        self.head = nn.Linear(backbone.width, 1, bias=self.has_bias, device=backbone.device)
         # N(0, 1 / (width + 1)): scores start with unit order of magnitude whatever the width (arXiv:1909.08593).
         nn.init.normal_(self.head.weight, std=(backbone.width + 1) ** -0.5)
         if self.has_bias:

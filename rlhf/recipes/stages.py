@@ -7,10 +7,10 @@ one that trains a reward model in `<run>/reward_model`, a process reward model i
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -98,7 +98,7 @@ def load_policy(
     place = {"name_or_path": base, "tokenizer": folder if has_tokenizer else config.tokenizer}
     if config.train == "lora":
         refuse_other_shape(config.lora, folder)
-        config = held_as_trained(config, folder)
+        config = held_as_trained(config, read_quantisation(Path(folder)))
     backbone = Backbone.load(config.model_copy(update=place), dtype, device)
     backbone.notes += _notes_on_the_base(backbone, folder)
     backbone.load_adapter(folder, adapter)
@@ -121,9 +121,9 @@ def refuse_other_shape(asked: LoRAConfig, folder: str) -> None:
             )
 
 
-def held_as_trained(config: ModelConfig, adapter_folder: str) -> ModelConfig:
-    """The config with the quantisation under which the adapter was trained, in the keys that nobody set."""
-    recorded, given = read_quantisation(Path(adapter_folder)), given_keys(config)
+def held_as_trained(config: ModelConfig, recorded: Mapping[str, Any]) -> ModelConfig:
+    """The config with the quantisation that an adapter was trained under, in the keys that nobody set."""
+    given = given_keys(config)
     if "load_in_4bit" in given and not config.load_in_4bit:
         return config
     return config.model_copy(update={name: value for name, value in recorded.items() if name not in given})
@@ -173,7 +173,7 @@ def start_policy(
     gets a fresh adapter. Under full fine-tuning the reference is a second, frozen model.
     """
     loaded = load_policy(source, config, run.output_dir, device, run.dtype)
-    policy = _policy_on(loaded, config, run, device, value_head, value_adapter)
+    policy = policy_on(loaded, config, run, device, value_head, value_adapter)
     if config.train == "full":
         loaded = load_policy(source, config, run.output_dir, device, run.dtype)
     return StartedPolicy(policy, Reference(loaded.backbone, loaded.adapter))
@@ -181,10 +181,10 @@ def start_policy(
 
 def start_policy_alone(source: str, config: ModelConfig, run: RunConfig, device: torch.device) -> Policy:
     """The policy of `start_policy` for a method that asks no reference: under full fine-tuning half the memory."""
-    return _policy_on(load_policy(source, config, run.output_dir, device, run.dtype), config, run, device)
+    return policy_on(load_policy(source, config, run.output_dir, device, run.dtype), config, run, device)
 
 
-def _policy_on(
+def policy_on(
     loaded: LoadedPolicy,
     config: ModelConfig,
     run: RunConfig,
@@ -192,6 +192,7 @@ def _policy_on(
     value_head: Literal["linear", "mlp"] | None = None,
     value_adapter: bool = False,
 ) -> Policy:
+    """The policy of `start_policy` on a base, and the adapter to start from, that are loaded."""
     backbone = loaded.backbone
     torch.manual_seed(run.seed)
     head = None if value_head is None else ValueHead(backbone.width, value_head).to(device)
@@ -306,7 +307,7 @@ class PolicyShelf:
                     self.config.model_copy(update={"name_or_path": folder}), self.dtype, self.device
                 )
             return LoadedPolicy(self._backbones[folder], None)
-        base = f"{base_of(folder)} {held_as_trained(self.config, folder).quantisation}"
+        base = f"{base_of(folder)} {held_as_trained(self.config, read_quantisation(Path(folder))).quantisation}"
         self._count += 1
         name = f"policy_{self._count}"
         if base in self._backbones:

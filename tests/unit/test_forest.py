@@ -9,6 +9,9 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, MistralConfig, MistralForCausalLM
 
 from rlhf.data.forest import PADDING, plant
+from rlhf.infra.shadow import Ledger
+from rlhf.models import attention
+from rlhf.models.attention import prefer_short_rows
 from rlhf.models.backbone import Backbone
 from rlhf.models.lora import get_lora_parameters
 from rlhf.models.policy import forest_logprobs, masked_logprobs
@@ -102,3 +105,26 @@ def test_models_that_look_both_ways_through_a_window_or_at_the_mean_keep_rows_of
     window = MistralConfig(**shape, intermediate_size=16, num_key_value_heads=2, sliding_window=2)
     assert not Backbone(MistralForCausalLM(window), tokenizer, "window").takes_forests
     assert not RewardModel(tiny_backbone("gpt2"), "reward", "mean").takes_forests
+
+
+def test_long_rows_are_attended_by_the_fused_kernel_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("llama")
+    prefer_short_rows(backbone.model)
+    forest = plant([[5] * 30], [[[6] * 40, [7] * 50]], pad_token_id=0)
+    wanted = forest.loss_mask_BT
+    made: list[tuple[int, ...]] = []
+    ledger = Ledger(lambda tensor: made.append(tuple(tensor.shape)) or "any")
+
+    def hidden() -> Tensor:
+        made.clear()
+        with torch.no_grad(), ledger:
+            return backbone.hidden_of(forest, adapter=None, wanted_BT=wanted)[wanted]
+
+    width = forest.input_ids_BT.shape[1]
+    scores = (1, 2, width, width)  # of two heads
+    written_out = hidden()
+    assert scores in made
+    monkeypatch.setattr(attention, "MAX_SHORT", width - 1)
+    fused = hidden()
+    assert scores not in made
+    torch.testing.assert_close(fused, written_out)
