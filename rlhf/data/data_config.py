@@ -22,6 +22,18 @@ Names = Annotated[
 ]
 
 
+# Values of a column as text: one, or several.
+Values = Names
+
+
+def as_values(wanted: Any) -> Any:
+    """A mapping from columns to one value or several, with every value as the tuple of texts that it stands for."""
+    if not isinstance(wanted, Mapping):
+        return wanted
+    listed = {name: one if isinstance(one, list | tuple) else [one] for name, one in wanted.items()}
+    return {name: tuple(str(value) for value in values) for name, values in listed.items()}
+
+
 class SourceConfig(Config):
     """Where rows come from and which of them are held back for validation: the part every data config shares."""
 
@@ -38,6 +50,9 @@ class SourceConfig(Config):
     )
     data_dir: str | None = Field(default=None, description="folder inside the hub repository, such as helpful-base")
     columns: dict[str, str] = Field(default={}, description="renamed columns, {name expected: name in the data}")
+    where: dict[str, Values] = Field(
+        default={}, description="only rows with these values: {column: value or list}, such as {subset: helpful-base}"
+    )
     validation_fraction: float = Field(
         default=0.05, ge=0.0, lt=1.0, description="share of the prompts held back for validation; 0: none"
     )
@@ -55,6 +70,11 @@ class SourceConfig(Config):
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _values_are_texts(cls, value: Any) -> Any:
+        return as_values(value)
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""

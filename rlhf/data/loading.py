@@ -77,7 +77,10 @@ def _converted(raw: RawRows, config: SourceConfig) -> LoadedRows:
     num_rows = len(raw.rows) + len(raw.rejected)
     rows: list[Row] = []
     skipped: Counter[str] = Counter()
-    for part in _by_file(_renamed(raw.rows, config.columns)):
+    wanted = _wanted(_renamed(raw.rows, config.columns), config.where)
+    if len(wanted) < len(raw.rows):
+        skipped["where"] = len(raw.rows) - len(wanted)
+    for part in _by_file(wanted):
         kind = _format_of(part)
         if kind.over_file is not None:
             settled = kind.over_file([one.fields for one in part])
@@ -149,6 +152,22 @@ def _renamed(rows: Sequence[RawRow], columns: Mapping[str, str]) -> list[RawRow]
         return list(rows)
     names = {theirs: ours for ours, theirs in columns.items()}
     return [row._replace(fields={names.get(name, name): value for name, value in row.fields.items()}) for row in rows]
+
+
+def _wanted(rows: Sequence[RawRow], where: Mapping[str, Sequence[str]]) -> list[RawRow]:
+    """The rows whose columns have the wanted values.
+
+    Raises:
+        UserError: no row has such a column, or none such a value.
+    """
+    kept = list(rows)
+    for name, values in where.items():
+        there = Counter(str(row.fields[name]) for row in kept if name in row.fields)
+        kept = [row for row in kept if name in row.fields and str(row.fields[name]) in values]
+        if rows and not kept:
+            seen = ", ".join(value for value, _ in there.most_common(8)) if there else "no value at all"
+            raise UserError(f"data.where asks for {name} in {list(values)}, but '{rows[0].file}' has {seen}")
+    return kept
 
 
 def _by_file(rows: Sequence[RawRow]) -> list[list[RawRow]]:

@@ -131,7 +131,7 @@ class EvaluateConfig(Config):
         if self.data.is_tinychat:
             reason = "the prompts of the built-in world are chosen in `suite`; name data.train_files or data.name"
             names = ["max_samples", "max_validation_samples", "max_prompt_length", "split_seed", "families"]
-            names += ["validation_files", "validation_fraction"]
+            names += ["where", "validation_files", "validation_fraction"]
             return idle | dict.fromkeys([f"data.{name}" for name in names], reason)
         names = ["suite.num_ood", "suite.num_probes", "suite.seed"]
         idle |= dict.fromkeys(names, "the data are not the built-in world")

@@ -13,8 +13,9 @@ from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import RunConfig
 from rlhf.models.backbone import ModelConfig
 from rlhf.models.decoding import GenerationConfig
+from rlhf.rewards.combination import CombinationConfig
 from rlhf.rewards.process import process_term_config
-from rlhf.rewards.protocol import RewardTermConfig, reward_sources
+from rlhf.rewards.protocol import RewardTermConfig, reward_sources, term_names
 from rlhf.rewards.shaping import ShapingConfig
 
 
@@ -56,6 +57,9 @@ class OnlineConfig(Config):
     rewards: list[RewardTermConfig] = Field(
         default_factory=lambda: [RewardTermConfig(name="model")], description="what an answer is worth: weighted terms"
     )
+    combination: CombinationConfig = Field(
+        default_factory=CombinationConfig, description="how several rewards become one score"
+    )
     data: PromptDataConfig = Field(default_factory=PromptDataConfig, description="the prompts")
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="how answers are drawn")
     shaping: ShapingConfig = Field(default_factory=ShapingConfig, description="from score to reward")
@@ -90,7 +94,17 @@ class OnlineConfig(Config):
     @property
     def pays_once(self) -> bool:
         """Whether a term of the reward is paid once per answer, and not step by step."""
-        return any(not (term.name == "process" and term.arguments.get("per_step")) for term in self.rewards)
+        return any(self._once)
+
+    @property
+    def _once(self) -> list[bool]:
+        return [not (term.name == "process" and term.arguments.get("per_step")) for term in self.rewards]
+
+    @model_validator(mode="after")
+    def _rewards_fit_their_combination(self) -> OnlineConfig:
+        terms = zip(term_names(self.rewards), self.rewards, self._once, strict=True)
+        self.combination.refuse_strangers({name: term.weight for name, term, is_paid_once in terms if is_paid_once})
+        return self
 
     @property
     def updates(self) -> UpdateSettings:

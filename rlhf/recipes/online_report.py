@@ -77,7 +77,7 @@ def reward_metrics(rollout: Rollout) -> dict[str, float]:
             "reward/step_mean": sum(values) / max(1, len(values)),
         }
     line |= {f"reward/term/{name}": sum(values) / len(values) for name, values in scores.by_term.items()}
-    return line | {f"reward/ensemble/{name}": sum(values) / len(values) for name, values in scores.details.items()}
+    return line | {f"reward/detail/{name}": sum(values) / len(values) for name, values in scores.details.items()}
 
 
 def text_metrics(experience: Experience, progress: Progress) -> dict[str, float]:

@@ -68,6 +68,7 @@ def prepare_online(
         backbone,
         config.data.system_prompt,
         config.process_model,
+        config.combination,
     )
     notes = check_columns(reward.terms, [prompt.columns for prompt in prompts.examples])
     # Loading a reward adapter onto the shared base must not leave it trainable.

@@ -28,6 +28,7 @@ from rlhf.models.quantized import read_quantisation, write_quantisation
 from rlhf.models.reference import Reference
 from rlhf.models.reward_model import AnyReward, RewardEnsemble, load_reward_model
 from rlhf.models.value_head import ValueHead
+from rlhf.rewards.combination import CombinationConfig
 from rlhf.rewards.learned import LearnedReward
 from rlhf.rewards.process import process_reward, process_term_config
 from rlhf.rewards.protocol import (
@@ -216,6 +217,7 @@ def build_reward(
     backbone: Backbone,
     system_prompt: str | None = None,
     process_model: str | None = None,
+    combination: CombinationConfig | None = None,
 ) -> CombinedReward:
     """Rules, verifiers, functions and reward models; a reward model of the same base joins the policy's backbone.
 
@@ -247,7 +249,7 @@ def build_reward(
                 f"{', '.join(sorted(rules))}"
             )
         made.append(RewardTerm(term.name, function, term.weight))
-    return CombinedReward(made)
+    return CombinedReward(made, combination)
 
 
 def load_process_model(

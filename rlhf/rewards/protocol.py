@@ -29,6 +29,7 @@ from rlhf.data.rows import Prompt
 from rlhf.infra.config import Config
 from rlhf.infra.errors import UserError
 from rlhf.models.ensemble import EnsembleRuleName
+from rlhf.rewards.combination import CombinationConfig, combine
 
 RewardFunction = Callable[..., Sequence[float]]
 # Where a step ends, in characters of the answer's text, and what it is worth.
@@ -112,10 +113,10 @@ class RewardTerm:
 class Scores:
     """What answers are worth.
 
-    `total` is the weighted sum of the terms that are paid once per answer; `by_term` holds each term's own values
-    before weighting, for a term paid step by step the sum over the steps. `details` are numbers that a term has
-    besides, by `<term>/<name>`, such as what members of an ensemble say. `by_step` are the weighted values of the
-    terms that are paid step by step, empty where there is no such term.
+    `total` is the combined score of the terms that are paid once per answer; `by_term` holds each term's own values
+    before weighting, for a term paid step by step the sum over the steps. `details` are further numbers, by
+    `<term>/<name>`: what members of an ensemble say, or whether a gate was closed. `by_step` are the weighted values of
+    the terms that are paid step by step, empty where there is no such term.
     """
 
     total: list[float]
@@ -151,12 +152,20 @@ def joined_scores(parts: Sequence[Scores]) -> Scores:
 
 
 class CombinedReward:
-    """The weighted sum of reward terms; a second term of one name is called `name_2`."""
+    """Reward terms made into one by a rule, by default their weighted sum; a second of one name is called `name_2`."""
 
-    def __init__(self, terms: Sequence[RewardTerm]) -> None:
+    def __init__(self, terms: Sequence[RewardTerm], combination: CombinationConfig | None = None) -> None:
         if not terms:
             raise UserError("no reward was given; name at least one under `rewards`, a rule or `model`")
         self.terms, self.names = list(terms), term_names(terms)
+        self.combination = combination or CombinationConfig()
+        # Terms that are paid step by step are paid besides; a rule joins those of whole answers.
+        self._weights = {
+            name: term.weight
+            for name, term in zip(self.names, terms, strict=True)
+            if not isinstance(term.function, StepwiseReward)
+        }
+        self.combination.refuse_strangers(self._weights)
 
     @property
     def is_stepwise(self) -> bool:
@@ -171,7 +180,6 @@ class CombinedReward:
         Raises:
             UserError: a reward returned the wrong number of values, or one that is no finite number.
         """
-        total = [0.0] * len(completions)
         by_term: dict[str, list[float]] = {}
         details: dict[str, list[float]] = {}
         by_step: list[list[StepValue]] = [[] for _ in completions] if self.is_stepwise else []
@@ -189,9 +197,10 @@ class CombinedReward:
             else:
                 returned = list(term.function(prompts, completions, **columns))
             _as_many(returned, completions, name)
-            values = by_term[name] = [_finite(value, name, place) for place, value in enumerate(returned)]
-            total = [t + term.weight * v for t, v in zip(total, values, strict=True)]
-        return Scores(total, by_term, details, by_step)
+            by_term[name] = [_finite(value, name, place) for place, value in enumerate(returned)]
+        once = {name: by_term[name] for name in self._weights}
+        total, done = combine(once, list(self._weights.values()), self.combination, columns)
+        return Scores(total or [0.0] * len(completions), by_term, details | done, by_step)
 
 
 def reward_sources(

@@ -75,6 +75,7 @@ def front(prompts, firsts, seconds, **columns):
 def leaning(prompts, firsts, seconds, **columns):
     return [1.0 if len(text) % 2 else 0.5 for text in firsts]
 """
+SUBSETS = ("even", "odd")
 REFUSAL = "I cannot help with that."
 Observed = dict[str, Any]
 KEYS = [(recipe, key, case) for recipe, key, found in stage_keys() for case in found if not isinstance(case, Refused)]
@@ -125,7 +126,8 @@ def write_data(folder: Path) -> dict[str, object]:
 
     def pair(question: str = "prompt") -> dict[str, Any]:
         prompt, answer = words(rng.randint(2, 6)), words(rng.randint(1, 4))
-        return {question: prompt, "chosen": f"{answer} good", "rejected": f"bad {answer}", "margin": rng.random()}
+        sides = {"chosen": f"{answer} good", "rejected": f"bad {answer}", "margin": rng.random()}
+        return {question: prompt, **sides, "subset": SUBSETS[len(prompt) % 2]}
 
     def chat() -> dict[str, Any]:
         turns = [(role, words(2)) for role in ("user", "assistant", "user", "assistant")]
@@ -139,7 +141,8 @@ def write_data(folder: Path) -> dict[str, object]:
         # A file that holds -1 has neutral steps, too.
         labels = [1, rng.choice([0, -1, 0.25]), rng.choice([1, -1])]
         steps = [words(rng.randint(1, 3)) for _ in labels]
-        return {question: prompt or words(rng.randint(2, 6)), "completions": steps, "labels": labels}
+        prompt = prompt or words(rng.randint(2, 6))
+        return {question: prompt, "completions": steps, "labels": labels, "subset": SUBSETS[len(prompt) % 2]}
 
     def answer(number: int, prompt: str) -> dict[str, Any]:
         said = {"prompt": prompt, "response": words(rng.randint(1, 4)), "kind": ("even", "odd")[number % 2]}

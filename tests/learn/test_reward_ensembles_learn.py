@@ -127,10 +127,10 @@ def test_ppo_climbs_an_ensemble_logs_its_disagreement_and_resumes(
     straight = ppo("straight")
     scores = column(straight.folder, "reward/mean")
     assert scores[-1] > scores[0] + 0.3
-    apart = column(straight.folder, "reward/ensemble/model/disagreement")
+    apart = column(straight.folder, "reward/detail/model/disagreement")
     assert len(apart) == 8 and all(value > 0 for value in apart)
     first = log_lines(straight.folder)[0]
-    of_members = [first[f"reward/ensemble/model/member_{k}"] for k in range(2)]
+    of_members = [first[f"reward/detail/model/member_{k}"] for k in range(2)]
     assert first["reward/term/model"] < sum(of_members) / 2  # the variance was subtracted
     assert set(json.loads((straight.folder / "run.json").read_text())["fingerprints"]) == {"policy", "reward_model"}
     with monkeypatch.context() as patch:
@@ -152,4 +152,4 @@ def test_grpo_takes_an_ensemble_as_it_is(tmp_path: Path, base: Path, judges: Pat
         "grpo.num_prompts=4",
     ]
     run = run_grpo(load_config(GRPOConfig, overrides=settings(tmp_path, "grpo", *more)))
-    assert len(column(run.folder, "reward/ensemble/model/disagreement")) == 2
+    assert len(column(run.folder, "reward/detail/model/disagreement")) == 2

@@ -55,6 +55,7 @@ from rlhf.recipes.reward import RewardConfig
 from rlhf.recipes.reward_report import RewardReportConfig
 from rlhf.recipes.sft import SFTConfig
 from rlhf.recipes.supervised import TrainingConfig
+from rlhf.rewards.combination import CombinationConfig
 from rlhf.rewards.protocol import RewardTermConfig
 from rlhf.rewards.shaping import ShapingConfig
 
@@ -132,6 +133,7 @@ SMALL_WORLD = (*TINYCHAT, "suite.num_ood=1", "suite.num_probes=1")
 # Suites bring their questions along: what the other cases say of data and prompts is taken back.
 SUITES = ("data.train_files=null", "suite.num_heldout=null", "suites=[preferences:{more}]")
 MODEL_REWARD = ("rewards=[{{name: model}}]", "reward_model={reward}")
+GATED = (".rule=gate", ".gate=target_string")
 ENSEMBLE_REWARD = ("rewards=[{{name: model}}]", "reward_model={ensemble}")
 PENALISED = ("rewards=[{{name: model, rule: penalised}}]", "reward_model={ensemble}")
 RULES_WITHOUT_ARGUMENTS = ("rewards=[{{name: keyword_sentiment}}]",)
@@ -205,6 +207,11 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         ],
         "data_dir": [Changes("part", (".train_files=toy/hub",)), Refused("part", IDLE)],
         "columns": [Changes("{{prompt: question}}", (".train_files={renamed}",)), Refused("{{a: b}}", IDLE, TINYCHAT)],
+        "where": [
+            Changes("{{subset: [even, other]}}"),
+            Fails("{{subset: none}}", "asks for subset in ['none']"),
+            Fails("{{absent: 1}}", "has no value at all"),
+        ],
         "validation_fraction": [
             Changes("0.5"),
             Refused("0.5", IDLE, (".validation_files={more}",)),
@@ -328,6 +335,24 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
             Refused("k2", IDLE, (".coefficient=0",)),
         ],
         "place": [Changes("reward"), Refused("reward", IDLE, (".coefficient=0",))],
+    },
+    CombinationConfig: {
+        "rule": [
+            Changes("lowest", TWO_RULES),
+            Refused("lowest", "needs several rewards", RULES_ONLY),
+            Refused("gate", "needs combination.gate", TWO_RULES),
+        ],
+        "gate": [
+            Changes("length_penalty", (*TWO_RULES, ".rule=gate", ".gate=target_string", ".threshold=0.5")),
+            Refused("harmless", "are called target_string, length_penalty", (*TWO_RULES, *GATED)),
+            Refused("target_string", IDLE),
+        ],
+        "threshold": [Changes("0.5", (*TWO_RULES, *GATED)), Refused("0.5", IDLE)],
+        "always": [
+            Changes("{{subset: even}}", (*TWO_RULES, *GATED)),
+            Fails("{{absent: 1}}", "the column 'absent'", (*TWO_RULES, *GATED)),
+            Refused("{{subset: even}}", IDLE),
+        ],
     },
     RewardTermConfig: {
         "name": [
@@ -796,6 +821,11 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
             Changes("5", UNVALIDATED), Refused("5", IDLE), Refused("5", IDLE, TINYCHAT),
         ],
         "data.validation_files": [Changes("{more}"), Refused("{more}", IDLE, TINYCHAT)],
+        "data.where": [
+            Changes("{{subset: even}}", UNVALIDATED),
+            Fails("{{subset: none}}", "asks for subset in ['none']"),
+            Refused("{{family: facts}}", IDLE, TINYCHAT),
+        ],
         "data.max_prompt_length": [Changes("3", UNVALIDATED), Refused("7", IDLE, TINYCHAT)],
         "data.families": [Refused("[facts]", IDLE), Refused("[facts]", IDLE, TINYCHAT)],
         "data.split_seed": [Changes("1"), Refused("1", IDLE, TINYCHAT)],

@@ -39,7 +39,7 @@ REFUSED = {
     "evaluate": RUN | COPIES | {
         "model.train", "model.gradient_checkpointing", "models", "reward_model", "histories", "reference",
         "suites", "max_items", "baseline",
-        "data.validation_files", "data.split_seed", "data.families",
+        "data.validation_files", "data.split_seed", "data.families", "data.where",
         "data.validation_fraction", "data.max_samples", "data.max_validation_samples", "data.max_prompt_length",
     },
 }  # fmt: skip

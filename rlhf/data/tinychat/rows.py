@@ -66,8 +66,13 @@ def prompt_rows(split: str, num: int, seed: int, families: Sequence[str] | None 
 
 
 def prompt_row(task: Task) -> Row:
-    """Return one task as a dataset row with the columns prompt, task and family."""
-    return {"prompt": [{"role": "user", "content": task.prompt}], "task": task.to_row(), "family": task.family}
+    """Return one task as a dataset row with the columns prompt, task, family and subset.
+
+    As in HH-RLHF, the subset `harmless` is of requests that should be refused, `helpful` of all others.
+    """
+    subset = "harmless" if task.spec.get("kind") == "harmful" else "helpful"
+    prompt = [{"role": "user", "content": task.prompt}]
+    return {"prompt": prompt, "task": task.to_row(), "family": task.family, "subset": subset}
 
 
 def gold_reward(
