@@ -1,6 +1,7 @@
 """Both sides of the benchmark in turn on this machine, and the ratios: `make bench`, or
 
-    python bench/compare.py [--pairs 5] [--work ppo,sft] [--dtypes fp32,bf16] [--peer-bf16] [--data FILE] [--json FILE]
+    python bench/compare.py [--pairs 5] [--work ppo,sft] [--dtypes fp32,bf16] [--peer-bf16] [--device cuda]
+        [--data FILE] [--json FILE]
 
 Makes the peer's environments and the workload in `bench/.work` once. Before anything is timed, both sides train on the
 same batch from the same adapter and their losses must agree; every timed pair must have processed the same number of
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from workload import NUM_ROWS, SHAPE, build
 
+from rlhf.infra.device import resolve_device
 from rlhf.infra.matmul_rate import measure_matmul_rate
 
 HERE = Path(__file__).resolve().parent
@@ -71,7 +73,8 @@ class Comparison:
     def __init__(self, asked: argparse.Namespace) -> None:
         self.asked, self.console = asked, Console()
         self.pairs: list[dict[str, Any]] = []
-        self.rates = {name: measure_matmul_rate(dtype) for name, dtype in DTYPES.items()}
+        self.device = resolve_device(asked.device)
+        self.rates = {name: measure_matmul_rate(dtype, self.device) for name, dtype in DTYPES.items()}
 
     def run(self) -> None:
         names = [name for name in self.asked.work.split(",") if name]
@@ -115,6 +118,12 @@ class Comparison:
                 sides[f"{dtype}, value adapter"] = lambda dtype=dtype: self.ours(
                     name, work.steps, dtype, "--value-adapter"
                 )
+        if name == "generate" and self.device.type == "cuda":
+            for dtype in dtypes:
+                sides[f"{dtype}, CUDA graphs"] = lambda dtype=dtype: self.ours(
+                    name, work.steps, dtype, "--static", "cuda-graphs"
+                )
+            sides["peer, CUDA graphs"] = lambda: self.peer(name, work.steps, "--static")
         if self.asked.peer_bf16:
             sides["peer bf16"] = lambda: self.peer(name, work.steps, "--bf16")
         order = list(sides) if index % 2 == 0 else list(reversed(sides))
@@ -128,11 +137,12 @@ class Comparison:
 
     def ours(self, name: str, steps: int, dtype: str, *flags: str) -> dict[str, Any]:
         command = [sys.executable, str(HERE / "ours.py"), name, str(WORK / "model"), str(steps), "--dtype", dtype]
-        return _json_of([*command, *flags])
+        return json_of([*command, "--device", self.device.type, *flags])
 
     def peer(self, name: str, steps: int, *flags: str) -> dict[str, Any]:
         python = WORK / f"env-{WORKS[name].environment}" / "bin" / "python"
-        return _json_of([str(python), *WORKS[name].peer(name, WORK / "model"), str(steps), *flags])
+        command = [str(python), *WORKS[name].peer(name, WORK / "model"), str(steps)]
+        return json_of([*command, "--device", self.device.type, *flags])
 
     def line(self, pair: dict[str, Any]) -> str:
         sides = ", ".join(
@@ -142,12 +152,14 @@ class Comparison:
 
     def save(self) -> None:
         if self.asked.json:
-            machine = {"processor": _processor(), "threads": torch.get_num_threads(), "gflops": self.rates}
+            machine = {"processor": processor(self.device), "threads": torch.get_num_threads(), "gflops": self.rates}
             Path(self.asked.json).write_text(json.dumps({"machine": machine, "pairs": self.pairs}, indent=1) + "\n")
 
     def table(self, names: list[str]) -> Table:
         rates = ", ".join(f"{name} {rate:.0f}" for name, rate in self.rates.items())
-        table = Table(title=f"{_processor()}, {torch.get_num_threads()} threads; matrix products {rates} GFLOP/s")
+        table = Table(
+            title=f"{processor(self.device)}, {torch.get_num_threads()} threads; matrix products {rates} GFLOP/s"
+        )
         for column in ("work", "side", "s / step", "tokens / s", "share of rate", "peak MB", "speed", "memory"):
             table.add_column(column)
         for name in names:
@@ -177,6 +189,7 @@ class Comparison:
 
 def prepare(data: Path) -> None:
     """Environments and workload, where they are not there yet."""
+    WORK.mkdir(exist_ok=True)
     for name in ("current", "ppo"):
         folder, wanted = WORK / f"env-{name}", HERE / "peer" / f"requirements-{name}.txt"
         done = folder / ".installed"
@@ -186,15 +199,20 @@ def prepare(data: Path) -> None:
             subprocess.run([*pip, "-r", str(wanted)], check=True)
             done.write_text(wanted.read_text())
     if not (WORK / "model" / "prompts.jsonl").is_file():
-        if not data.is_file():
-            raise SystemExit(
-                f"no data at {data}: give --data FILE, JSON lines (.gz or not) with prompt, chosen and rejected, at "
-                f"least {NUM_ROWS} rows of up to 256 tokens, such as HH-RLHF"
-            )
+        check_data(data)
         build(WORK / "model", data)
 
 
-def _json_of(command: list[str]) -> dict[str, Any]:
+def check_data(data: Path) -> None:
+    """Stop with one sentence where there are no rows."""
+    if not data.is_file():
+        raise SystemExit(
+            f"no data at {data}: give --data FILE, JSON lines (.gz or not) with prompt, chosen and rejected, at "
+            f"least {NUM_ROWS} rows of up to 256 tokens, such as HH-RLHF"
+        )
+
+
+def json_of(command: list[str]) -> dict[str, Any]:
     # In its own folder, where the peer may leave what it likes.
     scratch = WORK / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -208,7 +226,10 @@ def _json_of(command: list[str]) -> dict[str, Any]:
     return found
 
 
-def _processor() -> str:
+def processor(device: torch.device) -> str:
+    """The name of what computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -220,13 +241,13 @@ def _processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Our recipes beside TRL's trainers on the same work.")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--work", default=",".join(WORKS))
+    parser.add_argument("--work", default=",".join(WORKS), help="some of them, with commas between")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--peer-bf16", action="store_true", help="time the peer under bf16 autocast as well")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--json", default=str(WORK / "bench.json"))
     asked = parser.parse_args()
-    WORK.mkdir(exist_ok=True)
     prepare(asked.data)
     Comparison(asked).run()
 

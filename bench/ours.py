@@ -3,37 +3,39 @@
 KIND is sft, rm, dpo, ppo or generate; FOLDER comes from `workload.py`. The recipes run as `rlhf` runs them; what is
 timed is their `train`: everything from the first batch to the saved policy, DPO's reference pass and the checkpoint
 included. The last line printed is one JSON object. `--same-batch` trains on the same first rows in every step.
+Two kinds are for holding results beside others': logprobs, and answers (tokens drawn for the first prompts).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
-from workload import LORA, MAX_LENGTH, PROMPT_TOKENS
+from static_decode import BACKENDS, StaticPolicy
+from workload import MAX_LENGTH, PROMPT_TOKENS
 
 from rlhf.algo.kl import KLConfig
 from rlhf.algo.trainer import OptimizerConfig
 from rlhf.data.chat import ChatEncoder
 from rlhf.data.data_config import DataConfig, InstructionDataConfig, PromptDataConfig
-from rlhf.data.prompt_dataset import PromptDataset
 from rlhf.infra.config import Config
+from rlhf.infra.device import resolve_device
 from rlhf.infra.experiment import Run, RunConfig
+from rlhf.infra.profiling import peak_memory_mb
 from rlhf.models.backbone import ModelConfig
 from rlhf.models.decoding import GenerationConfig
 from rlhf.models.policy import Policy
 from rlhf.recipes import dpo, ppo, reward, sft
 from rlhf.recipes.launch import launch
 from rlhf.recipes.ppo_config import PPOConfig, PPOSettings
-from rlhf.recipes.stages import load_policy
+from rlhf.recipes.stages import LoadedPolicy, load_policy
 from rlhf.recipes.supervised import TrainingConfig
 from rlhf.rollout.sampler import Sampler
 
@@ -49,10 +51,17 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.folder, self.steps, self.dtype = Path(arguments.folder), arguments.steps, arguments.dtype
         self.value_adapter, self.same_batch = arguments.value_adapter, arguments.same_batch
-        self.scratch = Path(tempfile.mkdtemp(prefix="rlhf-bench-"))
+        self.device, self.static = resolve_device(arguments.device), arguments.static
+        self.new_tokens = arguments.new_tokens
+        self.micro_batch = arguments.micro_batch or MICRO_BATCH[arguments.dtype]
+        self.model = ModelConfig(
+            load_in_4bit=arguments.load_in_4bit, gradient_checkpointing=arguments.gradient_checkpointing
+        )
+        self._scratch = tempfile.TemporaryDirectory(prefix="rlhf-bench-")  # removed with the last reference to it
+        self.scratch = Path(self._scratch.name)
 
     def run(self) -> RunConfig:
-        return RunConfig(name="bench", output_dir=self.scratch, device="cpu", dtype=self.dtype)
+        return RunConfig(name="bench", output_dir=self.scratch, device=self.device.type, dtype=self.dtype)
 
     def rows(self, name: str, count: int) -> tuple[str]:
         """A file of the first `count` rows, or of those of one step."""
@@ -67,12 +76,33 @@ class Bench:
         return TrainingConfig(
             num_train_epochs=epochs,
             per_device_train_batch_size=ROWS,
-            max_tokens_per_micro_batch=MICRO_BATCH[self.dtype],
+            max_tokens_per_micro_batch=self.micro_batch,
         )
 
     def pairs(self) -> DataConfig:
         files = self.rows("pairs.jsonl", ROWS * self.steps)
         return DataConfig(train_files=files, max_length=MAX_LENGTH, min_length=1, validation_fraction=0.0)
+
+    def loaded(self) -> LoadedPolicy:
+        return load_policy(str(self.folder / "start"), self.model, self.scratch, self.device, self.dtype)
+
+    def prompt_ids(self, loaded: LoadedPolicy, count: int) -> list[list[int]]:
+        """The first prompts; all of them have the same length."""
+        lines = (self.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        encoder = ChatEncoder(loaded.backbone.tokenizer)
+        return encoder.prompt_ids_batch([json.loads(line)["prompt"] for line in lines])
+
+    def sampler(self, loaded: LoadedPolicy) -> Sampler:
+        """Draws every answer to its full length."""
+        policy = Policy(loaded.backbone, loaded.adapter)
+        if self.static is not None:
+            policy = StaticPolicy(loaded.backbone, loaded.adapter, backend=self.static)
+        return Sampler(policy, GenerationConfig(max_new_tokens=self.new_tokens), [])
+
+    def wait(self) -> None:
+        """Until the device has done what it was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def timed(self, recipe: str, config: Config, prepare: Any, train: Any) -> dict[str, Any]:
         seconds = 0.0
@@ -81,6 +111,7 @@ class Bench:
             nonlocal seconds
             started = time.perf_counter()
             cost: tuple[int, int] = train(config, run, parts)
+            self.wait()
             seconds = time.perf_counter() - started
             return cost
 
@@ -104,7 +135,7 @@ def run_sft(bench: Bench) -> dict[str, Any]:
     files = bench.rows("answers.jsonl", ROWS * bench.steps)
     config = sft.SFTConfig(
         run=bench.run(),
-        model=ModelConfig(name_or_path=str(bench.folder / "start"), lora=LORA),
+        model=bench.model.model_copy(update={"name_or_path": str(bench.folder / "start")}),
         data=InstructionDataConfig(
             train_files=files, max_length=MAX_LENGTH, min_length=1, validation_fraction=0.0, train_on="last"
         ),
@@ -118,7 +149,7 @@ def run_rm(bench: Bench) -> dict[str, Any]:
     config = reward.RewardConfig(
         run=bench.run(),
         backbone=str(bench.folder / "start"),
-        model=ModelConfig(lora=LORA),
+        model=bench.model,
         data=bench.pairs(),
         training=bench.training(),
         optimizer=OptimizerConfig(learning_rate=1e-4),
@@ -138,7 +169,7 @@ def run_dpo(bench: Bench) -> dict[str, Any]:
     config = dpo.DPOConfig(
         run=bench.run(),
         policy=str(bench.folder / "start"),
-        model=ModelConfig(lora=LORA),
+        model=bench.model,
         data=bench.pairs(),
         training=bench.training(),
         optimizer=OptimizerConfig(learning_rate=1e-4),
@@ -150,21 +181,21 @@ def run_ppo(bench: Bench) -> dict[str, Any]:
     config = PPOConfig(
         run=bench.run(),
         policy=str(bench.folder / "start"),
-        model=ModelConfig(lora=LORA),
+        model=bench.model,
         reward_model=str(bench.folder / "reward_start"),
         data=PromptDataConfig(
             train_files=bench.rows("prompts.jsonl", ROLLOUT * bench.steps),
             max_prompt_length=PROMPT_TOKENS,
             validation_fraction=0.0,
         ),
-        generation=GenerationConfig(max_new_tokens=NEW_TOKENS),
+        generation=GenerationConfig(max_new_tokens=bench.new_tokens),
         ppo=PPOSettings(
             num_iterations=bench.steps,
             rollout_batch_size=ROLLOUT,
             num_ppo_epochs=4,
             num_mini_batches=1,
             target_kl=None,
-            max_tokens_per_micro_batch=MICRO_BATCH[bench.dtype],
+            max_tokens_per_micro_batch=bench.micro_batch,
             value_adapter=bench.value_adapter,
         ),
         kl=KLConfig(coefficient=0.05),
@@ -174,30 +205,41 @@ def run_ppo(bench: Bench) -> dict[str, Any]:
 
 
 def run_generate(bench: Bench) -> dict[str, Any]:
-    loaded = load_policy(
-        str(bench.folder / "start"), ModelConfig(lora=LORA), bench.scratch, torch.device("cpu"), bench.dtype
-    )
-    encoder = ChatEncoder(loaded.backbone.tokenizer)
-    data = PromptDataConfig(
-        train_files=bench.rows("prompts.jsonl", GENERATED), max_prompt_length=PROMPT_TOKENS, validation_fraction=0.0
-    )
-    bench.same_batch = False
-    prompts, _ = PromptDataset.load(data, encoder)
-    ids = [example.prompt_ids for example in prompts.examples]
-    # Every answer to its full length on both sides.
-    sampler = Sampler(Policy(loaded.backbone, loaded.adapter), GenerationConfig(max_new_tokens=NEW_TOKENS), [])
-    started, tokens = time.perf_counter(), 0
+    loaded = bench.loaded()
+    ids, sampler, tokens = bench.prompt_ids(loaded, GENERATED), bench.sampler(loaded), 0
+    # A graph is recorded at the second run; a GPU loads its kernels in the first.
+    num_warm, started = 2 if bench.static is not None else 1 if bench.device.type == "cuda" else 0, time.perf_counter()
+    for _ in range(num_warm):
+        sampler.sample(ids, seed=0)
+    bench.wait()
+    compile_seconds = time.perf_counter() - started
+    started = time.perf_counter()
     for step in range(bench.steps):
         tokens += int(sampler.sample(ids, seed=step).response_mask_BR.sum())
-    return {"seconds": time.perf_counter() - started, "steps": bench.steps, "tokens": tokens, "optimizer_steps": 0}
+    bench.wait()
+    seconds = time.perf_counter() - started
+    measured = {"seconds": seconds, "steps": bench.steps, "tokens": tokens, "optimizer_steps": 0}
+    return measured | ({"compile_seconds": compile_seconds} if bench.static is not None else {})
+
+
+def run_answers(bench: Bench) -> dict[str, Any]:
+    """What is drawn for the first prompts, token by token, to hold beside another device's or another loop's."""
+    loaded = bench.loaded()
+    drawn = bench.sampler(loaded).sample(bench.prompt_ids(loaded, ROWS), seed=0)
+    return {
+        "responses": drawn.responses(),
+        "logprobs": drawn.logprobs_BR.tolist(),
+        "seconds": 0.0,
+        "steps": 1,
+        "tokens": int(drawn.response_mask_BR.sum()),
+        "optimizer_steps": 0,
+    }
 
 
 def run_logprobs(bench: Bench) -> dict[str, Any]:
     """Mean log-probability of the prompts' last 16 tokens, as PPO's update computes it, to hold beside the peer's."""
-    loaded = load_policy(str(bench.folder / "start"), ModelConfig(lora=LORA), bench.scratch, torch.device("cpu"))
-    lines = (bench.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:ROLLOUT]
-    encoder = ChatEncoder(loaded.backbone.tokenizer)
-    ids_BT = torch.tensor(encoder.prompt_ids_batch([json.loads(line)["prompt"] for line in lines]))
+    loaded = bench.loaded()
+    ids_BT = torch.tensor(bench.prompt_ids(loaded, ROLLOUT), device=bench.device)
     mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     policy = Policy(loaded.backbone, loaded.adapter)
     found = policy.response_statistics(ids_BT, mask_BT, mask_BT[:, -16:], 1.0)
@@ -217,10 +259,12 @@ KINDS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "ppo": run_ppo,
     "generate": run_generate,
     "logprobs": run_logprobs,
+    "answers": run_answers,
 }
 
 
-def main() -> None:
+def measure(words: Sequence[str] | None = None) -> dict[str, Any]:
+    """One measurement; `words` are the command's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=sorted(KINDS))
     parser.add_argument("folder")
@@ -228,11 +272,23 @@ def main() -> None:
     parser.add_argument("--dtype", choices=sorted(MICRO_BATCH), default="fp32")
     parser.add_argument("--value-adapter", action="store_true")
     parser.add_argument("--same-batch", action="store_true")
-    arguments = parser.parse_args()
-    measured = KINDS[arguments.kind](Bench(arguments))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--load-in-4bit", action="store_true")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--micro-batch", type=int, help="tokens of one pass; default: as is best for the small model")
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
+    parser.add_argument("--static", choices=sorted(BACKENDS), help="sample with fixed shapes, compiled so")
+    arguments = parser.parse_args(words)
+    torch.compiler.reset()  # of what an earlier measurement in this process compiled
+    bench = Bench(arguments)
+    measured = KINDS[arguments.kind](bench)
     measured["s_per_step"] = measured["seconds"] / measured["steps"]
-    measured["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps(measured))
+    measured["peak_mb"] = peak_memory_mb(bench.device)
+    return measured
+
+
+def main() -> None:
+    print(json.dumps(measure()))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 FOLDER gets `policy/` (a GPT-2-shaped model of 17.5 M parameters with its tokenizer), `start/` and `reward_start/` (LoRA
 adapters in PEFT's format, the identity until they are trained), `reward/` (the same trunk as a classifier, for the side
-that needs a model of its own) and JSONL files of rows in the standard columns. Nothing is downloaded.
+that needs a model of its own) and JSONL files of rows in the standard columns. Nothing is downloaded. `build_large`
+makes the same for a model of any shape, without what only the other side needs.
 """
 
 from __future__ import annotations
@@ -13,17 +14,27 @@ import gzip
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import rlhf  # noqa: F401  # isort: skip  before transformers: it keeps a library's warning to itself
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from rlhf.models.adapter_files import save_adapter
 from rlhf.models.backbone import Backbone, ModelConfig
 from rlhf.models.lora import LoRAConfig
+from rlhf.models.quantized import write_quantisation
 from rlhf.models.reward_model import RewardModel
 
 VOCABULARY, MAX_LENGTH, PROMPT_TOKENS = 8192, 256, 64
@@ -51,22 +62,54 @@ def build(folder: Path, data: Path) -> None:
     tokenizer = train_tokenizer(rows)
     torch.manual_seed(0)
     policy = GPT2LMHeadModel(GPT2Config(**SHAPE))
-    policy.save_pretrained(folder / "policy")
-    tokenizer.save_pretrained(folder / "policy")
     classifier = GPT2ForSequenceClassification(GPT2Config(**SHAPE, num_labels=1))
     classifier.transformer.load_state_dict(policy.transformer.state_dict())
+    reward = write_models(folder, policy, tokenizer, LORA)
+    classifier.score.weight.data.copy_(reward.head.weight.data)
+    classifier.save_pretrained(folder / "reward")
+    tokenizer.save_pretrained(folder / "reward")
+    write_rows(folder, rows, tokenizer)
 
-    backbone = Backbone.load(ModelConfig(name_or_path=str(folder / "policy")))
-    backbone.add_adapter("start", LORA)
+
+def build_large(folder: Path, data: Path, shape: LlamaConfig, lora: LoRAConfig, device: torch.device) -> None:
+    """The same for a model of that shape, made in bf16 on the device; its words are those of the small tokenizer."""
+    rows = list(_rows(data))
+    tokenizer = train_tokenizer(rows)
+    torch.manual_seed(0)
+    with device:
+        policy = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    # Policy and reward model of QLoRA share a base only where both are known to stand on its 4-bit form.
+    write_models(folder, policy, tokenizer, lora, ModelConfig(load_in_4bit=True).quantisation)
+    write_rows(folder, rows, tokenizer)
+
+
+def write_models(
+    folder: Path,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    lora: LoRAConfig,
+    quantisation: Mapping[str, Any] | None = None,
+) -> RewardModel:
+    """The policy with its tokenizer, and the adapters that policy and reward model start from.
+
+    `quantisation` is how the base of the two adapters is held (`ModelConfig.quantisation`).
+    """
+    policy.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    backbone = Backbone(policy, tokenizer, str(folder / "policy"))
+    backbone.quantisation = dict(quantisation or {})
+    backbone.add_adapter("start", lora)
     save_adapter(backbone.model, "start", folder / "start", backbone.name, task_type="CAUSAL_LM")
+    write_quantisation(folder / "start", backbone.quantisation)
     tokenizer.save_pretrained(folder / "start")
     backbone.copy_adapter("start", "reward")
     reward = RewardModel(backbone, "reward")
     reward.save(folder / "reward_start")
-    classifier.score.weight.data.copy_(reward.head.weight.data)
-    classifier.save_pretrained(folder / "reward")
-    tokenizer.save_pretrained(folder / "reward")
+    return reward
 
+
+def write_rows(folder: Path, rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Pairs, answers and prompts that fit, in an order that is always the same."""
     random.Random(0).shuffle(rows)
     pairs = [row for row in rows if _fits(row, tokenizer)][:NUM_ROWS]
     _write(folder / "pairs.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs])

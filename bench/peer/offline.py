@@ -1,4 +1,6 @@
-"""The peer's SFT, reward modelling and DPO: python bench/peer/offline.py KIND FOLDER STEPS [--bf16] [--same-batch].
+"""The peer's SFT, reward modelling and DPO.
+
+    python bench/peer/offline.py KIND FOLDER STEPS [--bf16] [--same-batch] [--device cuda]
 
 Runs in an environment of its own with the current TRL; FOLDER comes from `bench/workload.py`, KIND is sft, rm or dpo.
 The trainers keep their defaults wherever those are not part of the work. The last line printed is one JSON object.
@@ -25,6 +27,7 @@ def main() -> None:
     parser.add_argument("steps", type=int)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--same-batch", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     asked = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(asked.folder / "policy")
@@ -41,7 +44,7 @@ def main() -> None:
         "logging_steps": 1,
         "report_to": [],
         "save_strategy": "no",
-        "use_cpu": True,
+        "use_cpu": asked.device == "cpu",
         "bf16": asked.bf16,
         "gradient_checkpointing": False,
         "disable_tqdm": True,
@@ -79,10 +82,17 @@ def main() -> None:
                 "s_per_step": seconds / asked.steps,
                 "tokens": tokens * (asked.steps if asked.same_batch else 1),
                 "losses": losses,
-                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "peak_mb": peak_mb(asked.device),
             }
         )
     )
+
+
+def peak_mb(device: str) -> float:
+    """Most memory at once: allocated on a GPU, resident on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

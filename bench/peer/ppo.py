@@ -1,4 +1,4 @@
-"""The peer's PPO: python bench/peer/ppo.py FOLDER ITERATIONS [--bf16] [--logprobs].
+"""The peer's PPO: python bench/peer/ppo.py FOLDER ITERATIONS [--bf16] [--logprobs] [--device cuda].
 
 Runs in an environment of its own with TRL 1.12, the last release that has it; FOLDER comes from `bench/workload.py`.
 The value model is a full classifier, as that trainer wants it. `--logprobs` trains nothing and prints the mean
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("iterations", type=int)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--logprobs", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     asked = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(asked.folder / "policy", padding_side="left")
@@ -39,7 +40,9 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(asked.folder / "policy", dtype=torch.float32)
     policy = PeftModel.from_pretrained(base, asked.folder / "start", is_trainable=True)
     if asked.logprobs:
-        print(json.dumps({"mean_logprob": mean_logprob(policy, ids[:ROLLOUT], tokenizer.pad_token_id)}))
+        print(
+            json.dumps({"mean_logprob": mean_logprob(policy.to(asked.device), ids[:ROLLOUT], tokenizer.pad_token_id)})
+        )
         return
     trainer = PPOTrainer(
         args=PPOConfig(
@@ -56,7 +59,7 @@ def main() -> None:
             bf16=asked.bf16,
             gradient_checkpointing=False,
             report_to=[],
-            use_cpu=True,
+            use_cpu=asked.device == "cpu",
             save_strategy="no",
         ),
         processing_class=tokenizer,
@@ -78,7 +81,7 @@ def main() -> None:
                 "optimizer_steps": 4 * asked.iterations,
                 "s_per_step": seconds / asked.iterations,
                 "tokens": ROLLOUT * NEW_TOKENS * asked.iterations,
-                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "peak_mb": peak_mb(asked.device),
             }
         )
     )
@@ -91,10 +94,17 @@ def classifier(folder: Path) -> torch.nn.Module:
 @torch.no_grad()
 def mean_logprob(policy: torch.nn.Module, ids: list[list[int]], pad_token_id: int) -> float:
     """Of the prompts' last tokens, read as answers, through the trainer's own forward pass and log-softmax."""
-    rows = torch.tensor(ids)
+    rows = torch.tensor(ids, device=next(policy.parameters()).device)
     policy.eval()
     logits = forward(policy, rows, pad_token_id).logits[:, PROMPT_TOKENS - 16 - 1 : -1]
     return float(selective_log_softmax(logits, rows[:, PROMPT_TOKENS - 16 :]).mean())
+
+
+def peak_mb(device: str) -> float:
+    """Most memory at once: allocated on a GPU, resident on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

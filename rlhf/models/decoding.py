@@ -145,7 +145,7 @@ def decode(
         last_NP[:, -1] = True
         hidden = backbone.hidden(prompt_ids_NP, prompt_mask_NP, adapter=adapter, cache=cache, wanted_BT=last_NP)[:, -1]
         for t in range(width):
-            drawn = _draw(backbone, adapter, hidden, uniforms_NR[rows, t], config)
+            drawn = draw(backbone, adapter, hidden, uniforms_NR[rows, t], config)
             tokens, values = drawn.tokens_N, None if value_head is None else value_head(hidden)
             record.write(rows, t, drawn, values, ~done)
             done = done | torch.isin(tokens, stops)
@@ -166,7 +166,7 @@ def decode(
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class Drawn:
     """One token of each row, and what its distribution says of it; see `Decoded`."""
 
     tokens_N: Tensor
@@ -175,23 +175,23 @@ class _Drawn:
     lost_mass_N: Tensor
 
 
-def _draw(
+def draw(
     backbone: Backbone, adapter: str | None, hidden_ND: Tensor, uniforms_N: Tensor, config: GenerationConfig
-) -> _Drawn:
+) -> Drawn:
     """Draw from the rows' distributions; the head runs on as many rows at a time as have `MAX_LOGITS` logits."""
 
-    def of_rows(hidden_nD: Tensor, uniforms_n: Tensor) -> _Drawn:
+    def of_rows(hidden_nD: Tensor, uniforms_n: Tensor) -> Drawn:
         log_p_nV = _log_distribution(backbone.logits(hidden_nD, adapter=adapter), config.temperature)
         tokens_n, lost_mass_n = choose_tokens(log_p_nV, uniforms_n, config)
         logprobs_n = log_p_nV.gather(-1, tokens_n.unsqueeze(-1)).squeeze(-1)
-        return _Drawn(tokens_n, logprobs_n, -(log_p_nV.exp() * log_p_nV).sum(dim=-1), lost_mass_n)
+        return Drawn(tokens_n, logprobs_n, -(log_p_nV.exp() * log_p_nV).sum(dim=-1), lost_mass_n)
 
     size = max(1, MAX_LOGITS // backbone.vocab_size)
     if len(hidden_ND) <= size:
         return of_rows(hidden_ND, uniforms_N)
     parts = [of_rows(*chunk) for chunk in zip(hidden_ND.split(size), uniforms_N.split(size), strict=True)]
     columns = ((p.tokens_N, p.logprobs_N, p.entropy_N, p.lost_mass_N) for p in parts)
-    return _Drawn(*(torch.cat(column) for column in zip(*columns, strict=True)))
+    return Drawn(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
 
 def choose_tokens(log_p_NV: Tensor, uniforms_N: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor]:
@@ -256,7 +256,7 @@ class _Record:
         self.finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self.lost_mass = 0.0
 
-    def write(self, rows: Tensor, t: int, drawn: _Drawn, values: Tensor | None, is_wanted: Tensor) -> None:
+    def write(self, rows: Tensor, t: int, drawn: Drawn, values: Tensor | None, is_wanted: Tensor) -> None:
         rows = rows[is_wanted]
         self.ids[rows, t] = drawn.tokens_N[is_wanted]
         self.mask[rows, t] = True

@@ -1,4 +1,4 @@
-"""The benchmark's own side: its workload can be made and every kind of work runs, in small."""
+"""The benchmark's own side: its workload can be made and every kind of work runs, in small; the GPU's script too."""
 
 from __future__ import annotations
 
@@ -49,6 +49,30 @@ def test_our_side_runs_and_says_what_it_did(workload: Path, kind: str, dtype: st
     measured = json.loads(run("ours.py", kind, str(workload), "1", "--dtype", dtype))
     assert measured["optimizer_steps"] == {"generate": 0, "ppo": 4}.get(kind, 1)
     assert measured["tokens"] > 100 and measured["s_per_step"] > 0 and measured["peak_mb"] > 100
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_checks_measures_and_writes_in_its_small_form(workload: Path) -> None:
+    """On the CPU: the same code with tiny shapes, every step of decoding compiled (traced, that is)."""
+    folder = workload.parent / "gpu"
+    found_in = workload.parent / "gpu.json"
+    words = ["--small", "--without-peer", "--pairs", "1", "--data", str(workload.parent / "rows.jsonl")]
+    last = run("gpu.py", *words, "--folder", str(folder), "--json", str(found_in))
+    found = json.loads(found_in.read_text(encoding="utf-8"))
+    apart = {check["name"]: check["apart"] for check in found["checks"]}
+    # Against itself the CPU differs by nothing, the compiled decoding by rounding.
+    on_both = ("sft same-batch", "dpo load-in-4bit same-batch", "ppo", "answers: log-probs")
+    assert {apart[name] for name in on_both} == {0}
+    assert 0 < apart["answers, aot_eager: log-probs"] < 1e-4
+    for name in ("answers, aot_eager", "answers, 4 bits, aot_eager"):
+        assert apart[f"{name}: tokens that are others"] == 0
+    assert len(found["comparison"]) == 10 and not found["machine"]["is_gpu"]
+    rows = {row["name"]: row for row in found["large"]}
+    plain, compiled = rows["generate, base in 4 bits"], rows["generate, base in 4 bits, aot_eager"]
+    assert plain["tokens"] == compiled["tokens"] == 64 * 6 and compiled["compile_seconds"] > 0
+    assert rows["QLoRA ppo"]["optimizer_steps"] == 4 and rows["QLoRA dpo"]["optimizer_steps"] == 1
+    assert all(row["s_per_step"] > 0 and row["peak_mb"] > 100 for row in [*found["comparison"], *rows.values()])
+    assert "large" in last
 
 
 @pytest.mark.slow
