@@ -1,8 +1,13 @@
-"""How far judges agree beyond chance: Cohen's kappa for two, Fleiss' kappa for any number, with bootstrap intervals."""
+"""How far judges agree beyond chance: Cohen's kappa for two, Fleiss' kappa for any number, with bootstrap intervals.
+
+Where it is arbitrary which of two answers stands first, as in pairs of a chosen and a rejected one, chance must not
+know it: who always says "first" there would share a habit with the file, not with people. `turned` says what each
+rating becomes when an item is turned around, and every item then counts both ways.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain
 
 import numpy as np
@@ -11,18 +16,26 @@ from rlhf.eval.intervals import FloatArray, Interval, bootstrap
 from rlhf.infra.errors import UserError
 
 
-def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable], seed: int = 0) -> Interval:
+def cohen_kappa(
+    first: Sequence[Hashable],
+    second: Sequence[Hashable],
+    seed: int = 0,
+    turned: Mapping[Hashable, Hashable] | None = None,
+) -> Interval:
     """Agreement of two raters on the same items, 1 perfect, 0 as good as chance; NaN where both always say the same.
 
     Source: Cohen (1960). The interval resamples items.
     """
     if len(first) != len(second) or not first:
         raise UserError(f"kappa needs two raters on the same items; got {len(first)} and {len(second)} ratings")
-    places = {name: place for place, name in enumerate(dict.fromkeys(chain(first, second)))}
+    names = list(dict.fromkeys(chain(first, second, *([turned] if turned is not None else []))))
+    places = {name: place for place, name in enumerate(names)}
     size = len(places)
     cells = np.zeros((len(first), size * size))
     for item, (a, b) in enumerate(zip(first, second, strict=True)):
-        cells[item, places[a] * size + places[b]] = 1.0
+        ways = [(a, b)] if turned is None else [(a, b), (turned[a], turned[b])]
+        for one, other in ways:
+            cells[item, places[one] * size + places[other]] += 1 / len(ways)
 
     def kappas(weights: FloatArray) -> FloatArray:
         tables = (weights @ cells).reshape(-1, size, size) / len(first)
@@ -33,7 +46,9 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable], seed: int
     return _with_interval(kappas, len(first), seed)
 
 
-def fleiss_kappa(ratings: Sequence[Sequence[Hashable]], seed: int = 0) -> Interval:
+def fleiss_kappa(
+    ratings: Sequence[Sequence[Hashable]], seed: int = 0, turned: Mapping[Hashable, Hashable] | None = None
+) -> Interval:
     """Agreement of several raters; `ratings` holds each item's ratings, equally many for every item, at least two.
 
     Source: Fleiss (1971). NaN where every rating is the same.
@@ -44,7 +59,9 @@ def fleiss_kappa(ratings: Sequence[Sequence[Hashable]], seed: int = 0) -> Interv
             f"Fleiss' kappa needs the same number of ratings, two or more, for every item; got {sorted(counts)}"
         )
     num_raters = counts.pop()
-    places = {name: place for place, name in enumerate(dict.fromkeys(chain.from_iterable(ratings)))}
+    names = list(dict.fromkeys(chain(chain.from_iterable(ratings), *([turned] if turned is not None else []))))
+    places = {name: place for place, name in enumerate(names)}
+    back = [places[name if turned is None else turned[name]] for name in names]
     table = np.zeros((len(ratings), len(places)))
     for item, of_item in enumerate(ratings):
         for rating in of_item:
@@ -52,7 +69,7 @@ def fleiss_kappa(ratings: Sequence[Sequence[Hashable]], seed: int = 0) -> Interv
     agreed_in_item = ((table**2).sum(axis=1) - num_raters) / (num_raters * (num_raters - 1))
 
     def kappas(weights: FloatArray) -> FloatArray:
-        shares = weights @ table / (len(ratings) * num_raters)
+        shares = weights @ (table + table[:, back]) / (2 * len(ratings) * num_raters)
         return _beyond_chance(weights @ agreed_in_item / len(ratings), (shares**2).sum(axis=1))
 
     return _with_interval(kappas, len(ratings), seed)

@@ -15,6 +15,9 @@ from rlhf.eval.significance import PairedDifference, mcnemar, paired_bootstrap
 from rlhf.eval.winrate import Comparison, WinRate, win_rate
 from rlhf.infra.errors import UserError
 
+# What a verdict is where the answers stand the other way around.
+TURNED = {"first": "second", "tie": "tie", "second": "first"}
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -114,7 +117,8 @@ class Accuracy:
     `both_orders` is the share of pairs that are right in either order. `longer_right` is the agreement where the answer
     labelled better is the longer one, `shorter_right` where it is the shorter one, and `length_gap` their difference:
     what a judge gains by liking length. `longer_labelled` is how often people preferred the longer answer. `kappa`
-    treats a verdict as first, tie or second. The bounds say how far pairs without a verdict could move the agreement.
+    treats a verdict as first, tie or second, each pair counted both ways around. The bounds say how far pairs without a
+    verdict could move the agreement.
     """
 
     num_labelled: int
@@ -162,8 +166,14 @@ def agreement_over(comparisons: Sequence[JudgedModels], rule: str = "averaged", 
     return agreement_of(list(joined.values()), rule, seed)
 
 
-def agreement_of(judged: Sequence[Judged], rule: str = "averaged", seed: int = 0) -> Agreement | None:
-    """How far judges of the same pairs agree; None for fewer than two judges."""
+def agreement_of(
+    judged: Sequence[Judged], rule: str = "averaged", seed: int = 0, either_way: bool = False
+) -> Agreement | None:
+    """How far judges of the same pairs agree; None for fewer than two judges.
+
+    `either_way` True: which answer stands first says nothing, as in labelled pairs; False: each side is one model's.
+    """
+    turned = TURNED if either_way else None
     if len(judged) < 2:
         return None
     said = [[None if p is None else outcome(p) for p in one.preferences(rule)] for one in judged]
@@ -171,10 +181,10 @@ def agreement_of(judged: Sequence[Judged], rule: str = "averaged", seed: int = 0
     for (one, first), (two, second) in combinations(zip(judged, said, strict=True), 2):
         both = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
         if both:
-            kappa = cohen_kappa([a for a, _ in both], [b for _, b in both], seed)
+            kappa = cohen_kappa([a for a, _ in both], [b for _, b in both], seed, turned)
             pairs.append(JudgePair(one.judge, two.judge, kappa))
     whole = [of_pair for of_pair in zip(*said, strict=True) if None not in of_pair]
-    return Agreement(tuple(pairs), fleiss_kappa(whole, seed) if whole else None)
+    return Agreement(tuple(pairs), fleiss_kappa(whole, seed, turned) if whole else None)
 
 
 def duel_of(one: Judged, two: Judged, rule: str = "averaged", seed: int = 0) -> Duel | None:
@@ -264,7 +274,7 @@ def _kappa(known: Sequence[tuple[Pair, float, float, Judgement]], seed: int) -> 
     if not known:
         return None
     said = [outcome(preference) for _, _, preference, _ in known]
-    return cohen_kappa(said, [outcome(label) for _, label, _, _ in known], seed)
+    return cohen_kappa(said, [outcome(label) for _, label, _, _ in known], seed, TURNED)
 
 
 def _for_longer(pair: Pair, preference: float) -> float:

@@ -132,7 +132,7 @@ def report(config: ValidateConfig, run: Run, parts: ValidateParts, judged: Seque
     accuracies = accuracies_of(everybody, rule, seed)
     lines = [JudgeLine("", "", one.judge, None, behaviour_of(one, seed)) for one in everybody]
     duels = [found for one, two in combinations(judged, 2) if (found := duel_of(one, two, rule, seed)) is not None]
-    agreement = agreement_of(judged, rule, seed)
+    agreement = agreement_of(judged, rule, seed, either_way=True)
     tables = [agreement_with_people(accuracies), length_bias(accuracies), behaviour_by_judge(lines)]
     tables += [duels_of(duels)] if duels else []
     tables += [agreement_between(agreement)] if agreement is not None else []

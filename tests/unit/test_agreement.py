@@ -13,6 +13,7 @@ from statsmodels.stats.inter_rater import aggregate_raters
 from statsmodels.stats.inter_rater import fleiss_kappa as statsmodels_fleiss
 
 from rlhf.eval.agreement import cohen_kappa, fleiss_kappa
+from rlhf.eval.judge_figures import TURNED
 from rlhf.eval.significance import mcnemar, paired_bootstrap, sign_test
 from rlhf.infra.errors import UserError
 
@@ -34,6 +35,26 @@ def test_cohens_kappa_is_scikit_learns(seed: int) -> None:
     assert found.estimate == pytest.approx(cohen_kappa_score(first, second), abs=1e-12)
     assert found.low < found.estimate < found.high
     assert found.num == 60
+
+
+@pytest.mark.parametrize("raters", [2, 4])
+def test_items_that_count_both_ways_are_all_items_and_their_mirror_images(raters: int) -> None:
+    table = ratings(60, raters, 5)
+    whole = np.vstack([table, np.vectorize(TURNED.get)(table)])
+    found = fleiss_kappa(table.tolist(), turned=TURNED)
+    assert found.estimate == pytest.approx(statsmodels_fleiss(aggregate_raters(whole)[0]), abs=1e-12)
+    two = cohen_kappa(table[:, 0].tolist(), table[:, 1].tolist(), turned=TURNED)
+    assert two.estimate == pytest.approx(cohen_kappa_score(whole[:, 0], whole[:, 1]), abs=1e-12)
+    assert two.num == 60  # no more certain than there are items
+
+
+def test_a_file_whose_better_answer_stands_first_is_no_rater_to_agree_with() -> None:
+    said = ["first"] * 8 + ["second"] * 2
+    assert cohen_kappa(said, ["first"] * 10).estimate == 0.0
+    assert cohen_kappa(said, ["first"] * 10, turned=TURNED).estimate == pytest.approx(2 * 0.8 - 1)
+    turned = [TURNED[one] if n % 2 else one for n, one in enumerate(said)]
+    labels = ["second" if n % 2 else "first" for n in range(10)]
+    assert cohen_kappa(turned, labels, turned=TURNED).estimate == pytest.approx(0.6)
 
 
 def test_the_interval_of_kappa_is_that_of_resampled_items() -> None:
