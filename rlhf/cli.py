@@ -38,7 +38,7 @@ ConfigOption = Annotated[
 Recipe = Annotated[
     str,
     typer.Argument(
-        help="pretrain, sft, rm, prm, prm-label, dpo, kto, ppo, grpo, best-of-n, eval or pipeline.",
+        help="pretrain, sft, rm, prm, prm-label, dpo, kto, ppo, grpo, pairs, online-dpo, best-of-n, eval or pipeline.",
         show_default=False,
         metavar="RECIPE",
     ),
@@ -148,6 +148,29 @@ def grpo(config: ConfigOption = None, overrides: Overrides = None) -> None:
     from rlhf.recipes.grpo_config import GRPOConfig
 
     _say(run_grpo(load_config(GRPOConfig, config, overrides or ())))
+
+
+@app.command()
+def pairs(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Make preference pairs of a policy's own answers, labelled by a reward model, verifiers or functions."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.pairs import PAIRS, run_pairs
+    from rlhf.recipes.pairs_config import PairsConfig
+
+    run = run_pairs(load_config(PairsConfig, config, overrides or ()))
+    _say(run)
+    if (run.folder / PAIRS).is_file():
+        typer.echo(f"pairs: {run.folder / PAIRS}")
+
+
+@app.command("online-dpo")
+def online_dpo(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Online or iterative DPO: sample, label, train, repeat by rounds."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.online_dpo import run_online_dpo
+    from rlhf.recipes.online_dpo_config import OnlineDPOConfig
+
+    _say(run_online_dpo(load_config(OnlineDPOConfig, config, overrides or ())))
 
 
 @app.command("best-of-n")

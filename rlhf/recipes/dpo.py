@@ -29,15 +29,9 @@ from rlhf.recipes.stages import start_policy, start_policy_alone
 from rlhf.recipes.supervised import Method, TrainingConfig, Validation
 
 
-class DPOConfig(Config):
-    """`rlhf dpo`."""
+class PreferenceLossConfig(Config):
+    """Which loss pairs are learnt by, and its numbers."""
 
-    run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device")
-    policy: str = Field(
-        "tinychat", description="what the policy starts from and is compared with: a run, a folder, a hub name"
-    )
-    model: ModelConfig = Field(default_factory=ModelConfig, description="adapters, where the policy brings none")
-    data: DataConfig = Field(default_factory=DataConfig, description="preference pairs")
     loss: str = Field(
         "sigmoid",
         pattern=f"^({'|'.join(PREFERENCE_LOSSES)})$",
@@ -53,18 +47,10 @@ class DPOConfig(Config):
         0.1, gt=0, lt=0.5, description="cdpo and robust: share of the pairs held to be labelled the wrong way round"
     )
     simpo_gamma: float = Field(1.0, ge=0, description="simpo: margin that beta times the difference is to exceed")
-    training: TrainingConfig = Field(default_factory=TrainingConfig, description="length and batches")
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
-
-    @model_validator(mode="after")
-    def _policy_has_weights(self) -> DPOConfig:
-        if self.model.random_init:
-            raise ValueError("model.random_init: DPO starts from a policy that has learnt to answer; train it first")
-        return self
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
-        idle = idle_policy_keys(self.model, self.training, self.data.has_validation)
+        idle = {}
         for name in ("label_smoothing", "simpo_gamma"):
             if name not in self.preference_loss.settings:
                 readers = [loss for loss, about in PREFERENCE_LOSSES.items() if name in about.settings]
@@ -82,6 +68,33 @@ class DPOConfig(Config):
         return LossSettings(
             self.preference_loss.beta if self.beta is None else self.beta, self.label_smoothing, self.simpo_gamma
         )
+
+
+class DPOConfig(PreferenceLossConfig):
+    """`rlhf dpo`."""
+
+    run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device")
+    policy: str = Field("tinychat", description="what the policy starts from: a run, a folder, a hub name")
+    reference: str | None = Field(
+        None, description="what the policy is compared with, where that is not what it starts from"
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig, description="adapters, where the policy brings none")
+    data: DataConfig = Field(default_factory=DataConfig, description="preference pairs")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="length and batches")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
+
+    @model_validator(mode="after")
+    def _policy_has_weights(self) -> DPOConfig:
+        if self.model.random_init:
+            raise ValueError("model.random_init: DPO starts from a policy that has learnt to answer; train it first")
+        return self
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        idle = dict(super().idle_keys()) | idle_policy_keys(self.model, self.training, self.data.has_validation)
+        if not self.preference_loss.has_reference:
+            idle["reference"] = f"loss is {self.loss}, which compares with none"
+        return idle
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,7 @@ def run_dpo(config: DPOConfig, resume: Path | None = None) -> Run:
         prepare,
         train,
         settings=config.run,
-        lineage={"policy": config.policy},
+        lineage={"policy": config.policy} | ({"reference": config.reference} if config.reference else {}),
         data_files=config.data.files(),
         resume=resume,
     )
@@ -122,7 +135,7 @@ def prepare(config: DPOConfig, device: torch.device, rejected_rows: Path) -> DPO
     """Policy and reference on one base, and the pairs."""
     source = (config.policy, config.model, config.run, device)
     if config.preference_loss.has_reference:
-        started = start_policy(*source)
+        started = start_policy(*source, reference=config.reference)
         policy, reference = started.policy, started.reference
     else:
         policy, reference = start_policy_alone(*source), None

@@ -42,7 +42,7 @@ class UpdateSettings(Config):
         raise NotImplementedError
 
 
-class OnlineConfig(Config):
+class SamplingConfig(Config):
     """A policy, prompts to answer, and what an answer is worth."""
 
     run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device")
@@ -62,27 +62,15 @@ class OnlineConfig(Config):
     )
     data: PromptDataConfig = Field(default_factory=PromptDataConfig, description="the prompts")
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="how answers are drawn")
-    shaping: ShapingConfig = Field(default_factory=ShapingConfig, description="from score to reward")
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
 
     @model_validator(mode="after")
-    def _policy_has_weights(self) -> OnlineConfig:
+    def _policy_has_weights(self) -> SamplingConfig:
         if self.model.random_init:
             raise ValueError("model.random_init: the policy must have learnt to answer already; train it first")
         return self
 
     @model_validator(mode="after")
-    def _answers_reach_the_buffer(self) -> OnlineConfig:
-        buffer, longest = self.shaping.overlong_buffer, self.generation.max_new_tokens
-        if buffer is not None and buffer > longest:
-            raise ValueError(
-                f"shaping.overlong_buffer is {buffer}, but no answer is longer than generation.max_new_tokens, "
-                f"{longest}; use at most that many"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _steps_can_be_paid(self) -> OnlineConfig:
+    def _steps_can_be_paid(self) -> SamplingConfig:
         try:
             for term in self.rewards:
                 if term.name == "process":
@@ -101,20 +89,10 @@ class OnlineConfig(Config):
         return [not (term.name == "process" and term.arguments.get("per_step")) for term in self.rewards]
 
     @model_validator(mode="after")
-    def _rewards_fit_their_combination(self) -> OnlineConfig:
+    def _rewards_fit_their_combination(self) -> SamplingConfig:
         terms = zip(term_names(self.rewards), self.rewards, self._once, strict=True)
         self.combination.refuse_strangers({name: term.weight for name, term, is_paid_once in terms if is_paid_once})
         return self
-
-    @property
-    def updates(self) -> UpdateSettings:
-        """The recipe's own section, as far as every recipe has it."""
-        raise NotImplementedError
-
-    @property
-    def num_optimizer_steps(self) -> int:
-        """Over the whole run: what the learning-rate schedule is stretched over."""
-        return self.updates.num_iterations * self.updates.num_updates
 
     @property
     def lineage(self) -> dict[str, str]:
@@ -133,15 +111,47 @@ class OnlineConfig(Config):
             idle["reward_model"] = "no term of `rewards` is called model, or each names a model of its own"
         if not any(term.name == "process" and term.model is None for term in self.rewards):
             idle["process_model"] = "no term of `rewards` is called process, or each names a model of its own"
-        if not self.pays_once:
-            reason = "every reward is paid step by step, and only scores of whole answers are normalised and clipped"
-            idle |= {"shaping.normalise": reason, "shaping.clip": reason}
         if self.model.train == "full":
             idle["generation.merge_adapter"] = "model.train is full, so there is no adapter"
         if self.run.dtype != "fp32":
             idle["generation.merge_adapter"] = f"run.dtype is {self.run.dtype}, and only fp32 weights are merged"
         if self.model.load_in_4bit:
             idle["generation.merge_adapter"] = "model.load_in_4bit is true, and 4-bit weights take no adapter in"
+        return idle
+
+
+class OnlineConfig(SamplingConfig):
+    """What PPO and GRPO have besides: from scores to rewards, and how steps are made."""
+
+    shaping: ShapingConfig = Field(default_factory=ShapingConfig, description="from score to reward")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
+
+    @model_validator(mode="after")
+    def _answers_reach_the_buffer(self) -> OnlineConfig:
+        buffer, longest = self.shaping.overlong_buffer, self.generation.max_new_tokens
+        if buffer is not None and buffer > longest:
+            raise ValueError(
+                f"shaping.overlong_buffer is {buffer}, but no answer is longer than generation.max_new_tokens, "
+                f"{longest}; use at most that many"
+            )
+        return self
+
+    @property
+    def updates(self) -> UpdateSettings:
+        """The recipe's own section, as far as every recipe has it."""
+        raise NotImplementedError
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Over the whole run: what the learning-rate schedule is stretched over."""
+        return self.updates.num_iterations * self.updates.num_updates
+
+    def idle_keys(self) -> Mapping[str, str]:
+        """See `Config.idle_keys`."""
+        idle = dict(super().idle_keys())
+        if not self.pays_once:
+            reason = "every reward is paid step by step, and only scores of whole answers are normalised and clipped"
+            idle |= {"shaping.normalise": reason, "shaping.clip": reason}
         longest, budget = self.generation.max_new_tokens, self.shaping.length_budget
         if budget is not None and budget >= longest:
             reason = f"no answer is longer than generation.max_new_tokens, {longest}"

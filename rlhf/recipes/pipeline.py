@@ -7,7 +7,6 @@ finds what the stages before it left by name. Taken up again, a pipeline skips w
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +18,7 @@ from rlhf.data.tinychat import LabellerConfig, preference_pairs, prompt_rows
 from rlhf.eval.report import ReportPaths
 from rlhf.infra.config import Config, given_keys
 from rlhf.infra.experiment import Run, RunConfig
-from rlhf.infra.interrupt import Stopped
-from rlhf.infra.run_folder import RUN_INFO, read_run_info
+from rlhf.recipes.chain import chain, run_stage
 from rlhf.recipes.dpo import DPOConfig, run_dpo
 from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
 from rlhf.recipes.ppo import run_ppo
@@ -146,24 +144,15 @@ def run_pipeline(config: PipelineConfig, resume: Path | None = None) -> tuple[Ru
     """
     report: ReportPaths | None = None
     run = Run.open(resume) if resume is not None else Run.create("pipeline", config, config.run)
-    with run:
-        started = time.perf_counter()
-        try:
-            config = with_sources(config, run.folder)
-            for name, start in stages(config).items():
-                if run.should_stop():
-                    break
-                run.logger.info(f"stage {name}")
-                run_stage(name, start, run)
-            else:
-                report = evaluated(config, run)
-        except Stopped:
-            run.should_stop()  # the stage handed the interrupt on; this records it
-        finally:
-            earlier = run.info.get("cost", {}).get("seconds", 0.0)
-            run.info["cost"] = {"seconds": earlier + time.perf_counter() - started}
-    if run.stop_reason == "interrupted":
-        raise Stopped(run.resume_command)
+    with chain(run):
+        config = with_sources(config, run.folder)
+        for name, start in stages(config).items():
+            if run.should_stop():
+                break
+            run.logger.info(f"stage {name}")
+            run_stage(name, start, run)
+        else:
+            report = evaluated(config, run)
     return run, report
 
 
@@ -180,16 +169,6 @@ def stages(config: PipelineConfig) -> dict[str, Callable[[Path | None], Run]]:
     if ppo is not None:
         made["ppo"] = lambda resume: run_ppo(ppo, resume)
     return made
-
-
-def run_stage(name: str, start: Callable[[Path | None], Run], run: Run) -> None:
-    """Start a stage, take it up where it was interrupted, or pass it by where it is finished."""
-    folder = run.folder / name
-    status = read_run_info(folder)["status"] if (folder / RUN_INFO).is_file() else None
-    if status == "finished":
-        run.logger.info(f"stage {name} is finished already")
-        return
-    start(folder if status is not None else None)
 
 
 def with_sources(config: PipelineConfig, folder: Path) -> PipelineConfig:

@@ -180,7 +180,7 @@ class PPO:
             last_B = part.prompt_ids_BP.shape[1] + part.lengths_B - 1
             return self.policy.values_after(part.input_ids_BT, part.attention_mask_BT, last_B).unsqueeze(1)
 
-        return torch.where(trajectory.finished_B, 0.0, self.rollouts.in_parts(trajectory, after)[:, 0])
+        return torch.where(trajectory.finished_B, 0.0, trajectory.in_parts(self.rollouts.max_tokens, after)[:, 0])
 
 
 def run_ppo(config: PPOConfig, resume: Path | None = None) -> Run:

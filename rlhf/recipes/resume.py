@@ -18,6 +18,10 @@ from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.judge_compare import CompareConfig, run_compare
 from rlhf.recipes.judge_validate import ValidateConfig, run_validate
 from rlhf.recipes.kto import KTOConfig, run_kto
+from rlhf.recipes.online_dpo import run_online_dpo
+from rlhf.recipes.online_dpo_config import OnlineDPOConfig
+from rlhf.recipes.pairs import run_pairs
+from rlhf.recipes.pairs_config import PairsConfig
 from rlhf.recipes.pipeline import PipelineConfig
 from rlhf.recipes.ppo import run_ppo
 from rlhf.recipes.ppo_config import PPOConfig
@@ -42,6 +46,8 @@ CONFIGS: dict[str, type[Config]] = {
     "ppo": PPOConfig,
     "grpo": GRPOConfig,
     "best_of_n": BestOfNConfig,
+    "pairs": PairsConfig,
+    "online_dpo": OnlineDPOConfig,
     "eval": EvaluateConfig,
     "judge_compare": CompareConfig,
     "judge_validate": ValidateConfig,
@@ -91,6 +97,10 @@ def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -
         return run_grpo(config, folder)
     if isinstance(config, BestOfNConfig):
         return run_best_of_n(config, folder)
+    if isinstance(config, PairsConfig):
+        return run_pairs(config, folder)
+    if isinstance(config, OnlineDPOConfig):
+        return run_online_dpo(config, folder)
     # Evaluating and judging have no half-way state but the answers and replies in the cache.
     again = {"overwrite": True, "name": folder.name, "output_dir": folder.parent}
     assert isinstance(config, EvaluateConfig | RewardReportConfig | CompareConfig | ValidateConfig)

@@ -1,13 +1,14 @@
-"""From prompts to scored answers: what PPO and GRPO do in an iteration before anything is learnt.
+"""From prompts to scored answers: what every recipe that samples does before anything is learnt.
 
-`Rollouts` draws answers by the current policy, asks the rewards and the reference about them, and shapes the scores.
+`Answers` draws them by the current policy and asks the rewards and the reference about them; `Rollouts`, of PPO and
+GRPO, has the quantities that an update needs besides, and shapes the scores.
 What is drawn is a function of weights, seed, step and prompts, so nothing here needs to be in a checkpoint.
 Legend: B sequences, R response tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,10 +26,11 @@ from rlhf.infra.profiling import PhaseTimer
 from rlhf.models.decoding import text_before_stop
 from rlhf.models.policy import Policy
 from rlhf.models.reference import Reference
-from rlhf.recipes.online_config import OnlineConfig
+from rlhf.recipes.online_config import OnlineConfig, SamplingConfig
 from rlhf.recipes.sft import announce
 from rlhf.recipes.stages import build_reward, start_policy
 from rlhf.rewards.detectors import refusal_flags, repetition_share
+from rlhf.rewards.learned import SCORING_TOKENS
 from rlhf.rewards.process import StepRewards, step_rewards
 from rlhf.rewards.protocol import CombinedReward, Scores
 from rlhf.rewards.shaping import RunningMoments, ShapedScores, shape_scores
@@ -50,14 +52,15 @@ class OnlineParts:
 
 
 def prepare_online(
-    config: OnlineConfig,
+    config: SamplingConfig,
     device: torch.device,
     rejected_rows: Path,
     value_head: Literal["linear", "mlp"] | None = None,
     value_adapter: bool = False,
+    reference: str | None = None,
 ) -> OnlineParts:
     """Policy, reference and (where asked for) critic on one base, the rewards, and the prompts."""
-    start = start_policy(config.policy, config.model, config.run, device, value_head, value_adapter)
+    start = start_policy(config.policy, config.model, config.run, device, value_head, value_adapter, reference)
     backbone = start.policy.backbone
     encoder = ChatEncoder(backbone.tokenizer, config.data.system_prompt)
     prompts, _ = PromptDataset.load(config.data, encoder, rejected_rows)
@@ -80,7 +83,7 @@ def prepare_online(
     return OnlineParts(start.policy, start.reference, reward, prompts.examples, encoder, report)
 
 
-def announce_online(config: OnlineConfig, run: Run, parts: OnlineParts) -> None:
+def announce_online(config: SamplingConfig, run: Run, parts: OnlineParts) -> None:
     """Say what was loaded, and warn where samples are not drawn from the distribution that they are scored with."""
     announce(run, parts.policy.backbone, parts.report)
     if config.generation.top_p < 1 or config.generation.top_k:
@@ -90,13 +93,17 @@ def announce_online(config: OnlineConfig, run: Run, parts: OnlineParts) -> None:
         )
 
 
-class Rollouts:
-    """Answers by the current policy, and what rewards and reference say of them."""
+class Answers:
+    """Answers by a policy to an endless stream of prompts, and what rewards and reference say of them."""
 
-    def __init__(self, config: OnlineConfig, run: Run, parts: OnlineParts, timer: PhaseTimer) -> None:
+    def __init__(
+        self, config: SamplingConfig, run: Run, parts: OnlineParts, timer: PhaseTimer, max_tokens: int = SCORING_TOKENS
+    ) -> None:
+        """`max_tokens`: of one pass without gradients."""
         if not parts.prompts:
             raise UserError("there is no prompt to sample answers for; give a prompt set with at least one row")
-        self.config, self.run, self.parts, self.timer = config, run, parts, timer
+        self.run, self.parts, self.timer, self.max_tokens = run, parts, timer, max_tokens
+        self.generation = config.generation
         self.sampler = Sampler(parts.policy, config.generation, parts.encoder.stop_token_ids)
 
     def prompts(self, start: int, count: int) -> list[PromptExample]:
@@ -107,22 +114,12 @@ class Rollouts:
             wanted.append(prompts[epoch_order(len(prompts), self.run.config.seed, epoch)[place]])
         return wanted
 
-    def sample(self, batch: Sequence[PromptExample], step: int, *, recompute: bool, part: int = 0) -> Trajectory:
-        """Answers with log-probabilities and values from the forward that drew them, or from one of the trainer's.
-
-        A prompt that stands in the batch several times gets as many different answers. `part` numbers the batches of
-        one step: the same prompt in another part gets others again.
-        """
-        seed, names = self.run.config.seed, [step, part] if part else [step]
+    def draw(self, batch: Sequence[PromptExample], *names: int) -> Trajectory:
+        """Answers with the log-probabilities of the forward that drew them; `names` tell this draw from others."""
+        seed = self.run.config.seed
         seed_everything(derive_seed(seed, self.run.info["recipe"], *names))
         with self.timer("generate"):
-            self.sampler.weights_version = step
-            prompt_ids = [example.prompt_ids for example in batch]
-            trajectory = self.sampler.sample(prompt_ids, derive_seed(seed, "rollout", *names))
-            lacks_values = self.parts.policy.value_head is not None and trajectory.values_BR is None
-            if recompute or lacks_values:
-                trajectory = self.recomputed(trajectory, logprobs=recompute)
-        return trajectory
+            return self.sampler.sample([example.prompt_ids for example in batch], derive_seed(seed, "rollout", *names))
 
     def score(self, batch: Sequence[PromptExample], trajectory: Trajectory) -> Scores:
         """What the rewards say of every answer."""
@@ -142,23 +139,8 @@ class Rollouts:
 
     def texts(self, trajectory: Trajectory) -> list[str]:
         """The answers as rewards and people read them: without special tokens and stop strings."""
-        stop = self.config.generation.stop
-        return [text_before_stop(text, stop) for text in self.parts.encoder.decode_batch(trajectory.responses())]
-
-    def shape(self, trajectory: Trajectory, scores: Scores, moments: RunningMoments) -> ShapedScores:
-        """Normalise and clip the scores, subtract the penalties; `moments` take the scores in."""
-        device = trajectory.response_ids_BR.device
-        with self.timer("score"):
-            completions = self.texts(trajectory)
-            return shape_scores(
-                torch.tensor(scores.total, device=device),
-                trajectory,
-                self.config.shaping,
-                moments,
-                torch.tensor([repetition_share(text) for text in completions], device=device),
-                torch.tensor(refusal_flags(completions), device=device),
-                self.config.generation.max_new_tokens,
-            )
+        texts = self.parts.encoder.decode_batch(trajectory.responses())
+        return [text_before_stop(text, self.generation.stop) for text in texts]
 
     def reference_logprobs(self, trajectory: Trajectory) -> Tensor:
         """Log-probabilities (B, R) of the answers under the reference."""
@@ -169,7 +151,45 @@ class Rollouts:
             )
 
         with self.timer("reference"):
-            return self.in_parts(trajectory, of_part)
+            return trajectory.in_parts(self.max_tokens, of_part)
+
+
+class Rollouts(Answers):
+    """Answers by the policy as it learns, their scores shaped."""
+
+    def __init__(self, config: OnlineConfig, run: Run, parts: OnlineParts, timer: PhaseTimer) -> None:
+        # Passes without gradients take twice the tokens.
+        super().__init__(config, run, parts, timer, 2 * config.updates.max_tokens_per_micro_batch)
+        self.shaping = config.shaping
+
+    def sample(self, batch: Sequence[PromptExample], step: int, *, recompute: bool, part: int = 0) -> Trajectory:
+        """Answers with log-probabilities and values from the forward that drew them, or from one of the trainer's.
+
+        A prompt that stands in the batch several times gets as many different answers. `part` numbers the batches of
+        one step: the same prompt in another part gets others again.
+        """
+        self.sampler.weights_version = step
+        trajectory = self.draw(batch, *([step, part] if part else [step]))
+        lacks_values = self.parts.policy.value_head is not None and trajectory.values_BR is None
+        if recompute or lacks_values:
+            with self.timer("generate"):
+                trajectory = self.recomputed(trajectory, logprobs=recompute)
+        return trajectory
+
+    def shape(self, trajectory: Trajectory, scores: Scores, moments: RunningMoments) -> ShapedScores:
+        """Normalise and clip the scores, subtract the penalties; `moments` take the scores in."""
+        device = trajectory.response_ids_BR.device
+        with self.timer("score"):
+            completions = self.texts(trajectory)
+            return shape_scores(
+                torch.tensor(scores.total, device=device),
+                trajectory,
+                self.shaping,
+                moments,
+                torch.tensor([repetition_share(text) for text in completions], device=device),
+                torch.tensor(refusal_flags(completions), device=device),
+                self.generation.max_new_tokens,
+            )
 
     @torch.no_grad()
     def recomputed(self, trajectory: Trajectory, *, logprobs: bool) -> Trajectory:
@@ -181,13 +201,9 @@ class Rollouts:
             )
             return torch.stack([now.logprobs_BR] if now.values_BR is None else [now.logprobs_BR, now.values_BR])
 
-        found = self.in_parts(trajectory, statistics)
+        found = trajectory.in_parts(self.max_tokens, statistics)
         return replace(
             trajectory,
             logprobs_BR=found[0] if logprobs else trajectory.logprobs_BR,
             values_BR=found[1] if len(found) > 1 else None,
         )
-
-    def in_parts(self, trajectory: Trajectory, function: Callable[[Trajectory], Tensor]) -> Tensor:
-        """Passes without gradients, which take twice the tokens."""
-        return trajectory.in_parts(2 * self.config.updates.max_tokens_per_micro_batch, function)

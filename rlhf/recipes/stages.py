@@ -27,9 +27,10 @@ from rlhf.models.process_reward_model import ProcessRewardModel
 from rlhf.models.quantized import read_quantisation, write_quantisation
 from rlhf.models.reference import Reference
 from rlhf.models.reward_model import AnyReward, RewardEnsemble, load_reward_model
+from rlhf.models.scoring import same_base
 from rlhf.models.value_head import ValueHead
 from rlhf.rewards.combination import CombinationConfig
-from rlhf.rewards.learned import LearnedReward
+from rlhf.rewards.learned import LearnedReward, same_tokenizer
 from rlhf.rewards.process import process_reward, process_term_config
 from rlhf.rewards.protocol import (
     CombinedReward,
@@ -44,6 +45,9 @@ from rlhf.rewards.verifiers import VERIFIERS
 
 POLICY, REWARD_MODEL, PROCESS_MODEL = "policy", "reward_model", "process_reward_model"
 ADAPTER_CONFIG = "adapter_config.json"
+NO_REWARD_MODEL = "the reward `model` needs reward_model=<run, folder or hub name>, or use rules alone"
+NO_PROCESS_MODEL = "the reward `process` needs process_model=<run or folder>, or use other rewards"
+REFERENCE = "reference"  # the name of its adapter, where it is not what the policy starts from
 
 
 @dataclass(frozen=True)
@@ -167,17 +171,45 @@ def start_policy(
     device: torch.device,
     value_head: Literal["linear", "mlp"] | None = None,
     value_adapter: bool = False,
+    reference: str | None = None,
 ) -> StartedPolicy:
     """Policy and reference from one source, on one frozen base wherever adapters are trained.
 
     The policy's adapter begins as a copy of the source's; a source without one is its own reference, and the policy
-    gets a fresh adapter. Under full fine-tuning the reference is a second, frozen model.
+    gets a fresh adapter. Under full fine-tuning the reference is a second, frozen model. `reference` names another
+    source for it than the one that the policy starts from.
     """
     loaded = load_policy(source, config, run.output_dir, device, run.dtype)
+    other = None if reference is None else _other_reference(reference, loaded.backbone, config, run, device)
     policy = policy_on(loaded, config, run, device, value_head, value_adapter)
+    if other is not None:
+        return StartedPolicy(policy, other)
     if config.train == "full":
         loaded = load_policy(source, config, run.output_dir, device, run.dtype)
     return StartedPolicy(policy, Reference(loaded.backbone, loaded.adapter))
+
+
+def _other_reference(
+    source: str, backbone: Backbone, config: ModelConfig, run: RunConfig, device: torch.device
+) -> Reference:
+    """A reference of its own source: on the policy's base where that is frozen and the same, else on another."""
+    folder = locate(source, run.output_dir, POLICY)
+    has_adapter = (Path(folder) / ADAPTER_CONFIG).is_file()
+    if config.train == "lora" and same_base(backbone.name, base_of(folder) if has_adapter else folder):
+        if not has_adapter:
+            return Reference(backbone, None)
+        if read_quantisation(Path(folder)) == backbone.quantisation:
+            backbone.load_adapter(folder, REFERENCE)
+            return Reference(backbone, REFERENCE)
+    # The shape of its adapter is its own affair.
+    as_it_is = config.model_copy(update={"lora": LoRAConfig()})
+    loaded = load_policy(source, as_it_is, run.output_dir, device, run.dtype, REFERENCE)
+    if not same_tokenizer(loaded.backbone.tokenizer, backbone.tokenizer):
+        raise UserError(
+            f"the reference '{source}' has another tokenizer than the policy, so their log-probabilities cannot be "
+            "compared; name a reference that the policy comes from"
+        )
+    return Reference(loaded.backbone, loaded.adapter)
 
 
 def start_policy_alone(source: str, config: ModelConfig, run: RunConfig, device: torch.device) -> Policy:
@@ -224,6 +256,7 @@ def build_reward(
     Raises:
         UserError: a name means nothing, or a reward model is asked for and none is named.
     """
+    check_reward_names(terms, reward_model, process_model)
     made, rules = [], RULES | VERIFIERS
     for place, term in enumerate(terms):
         if term.name == "process":
@@ -241,15 +274,29 @@ def build_reward(
             function = LearnedReward(model, backbone.tokenizer, system_prompt)
         elif term.name in rules:
             function = make_rule(term.name, term.arguments, rules)
-        elif ":" in term.name:
-            function = load_function(term.name)
         else:
+            function = load_function(term.name)
+        made.append(RewardTerm(term.name, function, term.weight))
+    return CombinedReward(made, combination)
+
+
+def check_reward_names(
+    terms: Sequence[RewardTermConfig], reward_model: str | None, process_model: str | None = None
+) -> None:
+    """Raise `UserError` where a term's name means nothing, or a reward model is asked for and none is named."""
+    rules = RULES | VERIFIERS
+    for term in terms:
+        if term.name == "process":
+            if term.model is None and process_model is None:
+                raise UserError(NO_PROCESS_MODEL)
+        elif term.is_learned:
+            if term.model is None and reward_model is None:
+                raise UserError(NO_REWARD_MODEL)
+        elif term.name not in rules and ":" not in term.name:
             raise UserError(
                 f"no reward '{term.name}': take `model`, `process`, module:function, or one of "
                 f"{', '.join(sorted(rules))}"
             )
-        made.append(RewardTerm(term.name, function, term.weight))
-    return CombinedReward(made, combination)
 
 
 def load_process_model(
@@ -257,7 +304,7 @@ def load_process_model(
 ) -> ProcessRewardModel:
     """The process reward model of a run or folder, on the backbone where it has that base; UserError without one."""
     if source is None:
-        raise UserError("the reward `process` needs process_model=<run or folder>, or use other rewards")
+        raise UserError(NO_PROCESS_MODEL)
     folder = Path(locate(source, output_dir, PROCESS_MODEL))
     return ProcessRewardModel.load(folder, backbone, adapter, backbone.dtype_name)
 
@@ -272,7 +319,7 @@ def load_term_model(
     """
     source = term.model or reward_model
     if source is None:
-        raise UserError("the reward `model` needs reward_model=<run, folder or hub name>, or use rules alone")
+        raise UserError(NO_REWARD_MODEL)
     model = load_reward_model(locate(source, output_dir, REWARD_MODEL), backbone, backbone.dtype_name, adapter)
     if isinstance(model, RewardEnsemble):
         model.rule = term.rule or model.rule

@@ -34,6 +34,8 @@ from rlhf.recipes.judge_compare import run_compare
 from rlhf.recipes.judge_validate import run_validate
 from rlhf.recipes.judging import REPLIES
 from rlhf.recipes.kto import run_kto
+from rlhf.recipes.online_dpo import run_online_dpo
+from rlhf.recipes.pairs import run_pairs
 from rlhf.recipes.pipeline import PipelineConfig, WorldConfig, write_world
 from rlhf.recipes.ppo import run_ppo
 from rlhf.recipes.pretrain import run_pretrain
@@ -57,6 +59,8 @@ RUNNERS: dict[str, Callable[..., Any]] = {
     "ppo": run_ppo,
     "grpo": run_grpo,
     "best_of_n": run_best_of_n,
+    "pairs": run_pairs,
+    "online_dpo": run_online_dpo,
     "eval": run_eval,
     "judge_compare": run_compare,
     "judge_validate": run_validate,

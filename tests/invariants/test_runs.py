@@ -24,6 +24,8 @@ from rlhf.recipes.dpo import DPOConfig
 from rlhf.recipes.evaluate import EvaluateConfig
 from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.kto import KTOConfig
+from rlhf.recipes.online_dpo_config import OnlineDPOConfig
+from rlhf.recipes.pairs_config import PairsConfig
 from rlhf.recipes.pipeline import PipelineConfig
 from rlhf.recipes.ppo import PPO
 from rlhf.recipes.ppo_config import PPOConfig
@@ -147,6 +149,8 @@ RECIPES = [
     KTOConfig,
     PPOConfig,
     GRPOConfig,
+    PairsConfig,
+    OnlineDPOConfig,
     EvaluateConfig,
     PipelineConfig,
     PretrainConfig,

@@ -89,7 +89,7 @@ def test_V3_truncated_answers_against_brute_force(tmp_path: Path, bootstrap: boo
     settings = {"gamma": 0.9, "lam": 0.8, "whiten_advantages": False, "bootstrap_truncated": bootstrap}
     ppo = small_ppo(tmp_path, **settings)
     shaping = ppo.config.shaping.model_copy(update={"normalise": False, "clip": None, "missing_eos_penalty": 2.0})
-    ppo.rollouts.config = ppo.config.model_copy(update={"shaping": shaping})
+    ppo.rollouts.shaping = shaping
     batch = ppo.next_prompts()
     trajectory = ppo.sample(batch)
     scores = ppo.rollouts.score(batch, trajectory)

@@ -29,7 +29,7 @@ from rlhf.models.lora import LoRAConfig
 from rlhf.models.process_reward_model import ProcessRewardModelConfig
 from rlhf.models.reward_model import RewardModelConfig
 from rlhf.recipes.best_of_n_config import BestOfNConfig, SelectionSettings
-from rlhf.recipes.dpo import DPOConfig
+from rlhf.recipes.dpo import DPOConfig, PreferenceLossConfig
 from rlhf.recipes.evaluate import EvaluateConfig
 from rlhf.recipes.grpo_config import GRPOKLConfig, GRPOSettings, GRPOShapingConfig
 from rlhf.recipes.judge_compare import CompareConfig
@@ -44,7 +44,9 @@ from rlhf.recipes.judging import (
     RewardModelJudgeConfig,
 )
 from rlhf.recipes.kto import KTOConfig
-from rlhf.recipes.online_config import OnlineConfig
+from rlhf.recipes.online_config import SamplingConfig
+from rlhf.recipes.online_dpo_config import RoundSettings
+from rlhf.recipes.pairs_config import ComparisonSettings, PairsConfig, PairSettings
 from rlhf.recipes.pipeline import WorldConfig
 from rlhf.recipes.ppo_config import PPOSettings
 from rlhf.recipes.pretrain import ArchitectureConfig, PretrainConfig, PretrainDataConfig
@@ -115,6 +117,11 @@ BASE = {
              "optimizer.learning_rate=0.01"],
     "best_of_n": ["policy={base}", "rewards=[{{name: target_string, arguments: {{text: red}}}}]",
                   "generation.max_new_tokens=6", "best_of_n.num_answers=4", "best_of_n.prompts_at_once=8"],
+    "pairs": ["policy={base}", "rewards=[{{name: target_string, arguments: {{text: red}}}}]", "pairs.num_prompts=6",
+              "generation.max_new_tokens=6", "generation.batch_size=8"],
+    "online_dpo": ["policy={base}", "rewards=[{{name: target_string, arguments: {{text: red}}}}]",
+                   "rounds.num_rounds=2", "rounds.num_prompts=6", "generation.max_new_tokens=6",
+                   "training.per_device_train_batch_size=4", "optimizer.learning_rate=0.01"],
     "eval": ["models={{base: {base}, tuned: {policy}}}", "generation.max_new_tokens=6", "suite.num_heldout=8"],
     "judge_compare": ["first={answers}", "second={other_answers}", "judges=[{{kind: length}}]"],
     "judge_validate": ["labels={labelled}", "judges=[{{kind: length}}]"],
@@ -154,6 +161,7 @@ PRICES = "budget: {{price_per_million_prompt_tokens: 3, price_per_million_comple
 PRICED = llm_judge(more=f", {PRICES}")
 PROCESS_REWARD = ("rewards=[{{name: process}}]", "process_model={process}")
 MEASURED = (f"measured_by=[{TARGET}]",)
+KL_MEASURED = ("policy={policy}", "reference={base}")
 ONE_UPDATE = ("ppo.num_ppo_epochs=1", "ppo.num_mini_batches=1")
 ONE_UPDATE_OF_GROUPS = ("grpo.num_epochs=1", "grpo.num_mini_batches=1")
 
@@ -495,6 +503,9 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
     ProcessRewardConfig: {"backbone": [Changes("{other}")]},
     DPOConfig: {
         "policy": [Changes("{other}")],
+        "reference": [Changes("{other}"), Refused("{other}", IDLE, ("loss=orpo",))],
+    },
+    PreferenceLossConfig: {
         "loss": [
             *(Changes(name) for name in PREFERENCE_LOSSES if name != "sigmoid"),
             Refused("dpo", "sigmoid is DPO"),
@@ -516,7 +527,7 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "desirable_weight": [Changes("2")],
         "undesirable_weight": [Changes("2")],
     },
-    OnlineConfig: {
+    SamplingConfig: {
         "policy": [Changes("{other}")],
         "process_model": [Changes("{other_process}", PROCESS_REWARD), Refused("{process}", IDLE)],
         "reward_model": [Changes("{other_reward}", MODEL_REWARD), Refused("{reward}", IDLE)],
@@ -590,6 +601,25 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "num_planted": [Changes("3")],
         "num_disagreements": [Changes("0", TINYCHAT)],
         "world_seed": [Changes("1", TINYCHAT), Refused("1", IDLE)],
+    },
+    PairsConfig: {"reference": [Changes("{other}")]},
+    ComparisonSettings: {
+        "num_prompts": [Changes("5")],
+        "num_generations": [Changes("3"), Refused("1", "a pair has two answers")],
+        "choose": [
+            Changes("neighbours"), Changes("all_pairs"), Refused("neighbours", IDLE, (".num_generations=2",)),
+        ],
+        "cut_off": [Changes("leave_out"), Changes("as_it_is")],
+        "min_gap": [Changes("0.5", (f"rewards=[{LENGTH}]", ".cut_off=as_it_is"))],
+    },
+    PairSettings: {"first_prompt": [Changes("3")]},
+    RoundSettings: {
+        "num_rounds": [Changes("1")],
+        "reference": [
+            Changes("previous"),
+            Refused("previous", IDLE, (".num_rounds=1",)),
+            Refused("previous", IDLE, ("loss=simpo",)),
+        ],
     },
     EvaluateConfig: {
         "judges": [Changes("[{{kind: length}}]")],
@@ -798,6 +828,27 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
     },
     "ppo": ONLINE,
     "grpo": ONLINE,
+    "pairs": {
+        "data.max_validation_samples": [Refused("1", IDLE)],
+        "model.train": [Refused("full", IDLE)],
+        "model.attn_implementation": [Changes("sdpa", KL_MEASURED)],
+        "model.gradient_checkpointing": [Refused("true", IDLE)],
+        **{f"model.lora.{name}": [Refused(value, IDLE)] for name, value in [
+            ("r", "3"), ("lora_alpha", "5"), ("lora_dropout", "0.5"), ("target_modules", "[q_proj]"),
+            ("use_rslora", "true"),
+        ]},
+        "generation.batch_size": [Changes("3")],
+        "generation.merge_adapter": [
+            Changes("false", KL_MEASURED),
+            Refused("false", IDLE, ("run.dtype=bf16",)),
+            Refused("false", IDLE, ("model.load_in_4bit=true",)),
+        ],
+        "model.load_in_4bit": [Changes("true")],
+    },
+    "online_dpo": ONLINE | {
+        "training.max_tokens_per_micro_batch": [Changes("20")],
+        **{f"training.{name}": [Refused("1", IDLE)] for name in ("eval_steps", "early_stopping_patience")},
+    },
     "eval": {
         "run.max_minutes": [Refused("1", IDLE)],
         "run.save_every_steps": [Refused("1", IDLE)],

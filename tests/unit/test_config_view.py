@@ -137,7 +137,7 @@ def test_show_prints_text_that_yaml_reads(capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_bundled_files_are_found() -> None:
     expected = {"demo": "pipeline", "hh_gpt2": "pipeline", "pretrain_tiny": "pretrain", "sft": "sft", "rm": "rm"}
-    expected |= {"dpo": "dpo", "ppo": "ppo", "eval": "eval"}
+    expected |= {"dpo": "dpo", "ppo": "ppo", "eval": "eval", "online_dpo": "online-dpo"}
     assert {name: RECIPES[f"{name}.yaml"] for name in expected} == expected
 
 
