@@ -80,7 +80,7 @@ def prepare(config: BestOfNConfig, device: torch.device, rejected_rows: Path) ->
     chosen, measuring = rewards.terms[: len(config.rewards)], rewards.terms[len(config.rewards) :]
     return BestOfNParts(
         Policy(loaded.backbone, loaded.adapter),
-        CombinedReward(chosen),
+        CombinedReward(chosen, config.combination),
         CombinedReward(measuring) if measuring else None,
         prompts,
         encoder,

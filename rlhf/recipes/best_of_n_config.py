@@ -13,8 +13,9 @@ from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import RunConfig
 from rlhf.models.backbone import ModelConfig
 from rlhf.models.decoding import GenerationConfig
+from rlhf.rewards.combination import CombinationConfig
 from rlhf.rewards.process import process_term_config
-from rlhf.rewards.protocol import RewardTermConfig, reward_sources
+from rlhf.rewards.protocol import RewardTermConfig, reward_sources, term_names
 
 
 class SelectionSettings(Config):
@@ -51,6 +52,9 @@ class BestOfNConfig(Config):
     rewards: list[RewardTermConfig] = Field(
         default_factory=lambda: [RewardTermConfig(name="model")], description="who scores the answers: weighted terms"
     )
+    combination: CombinationConfig = Field(
+        default_factory=CombinationConfig, description="how several rewards become one score"
+    )
     measured_by: list[RewardTermConfig] = Field(
         default=[],
         description="what the best answers are worth besides, such as gold: weighted terms that choose nothing",
@@ -83,6 +87,12 @@ class BestOfNConfig(Config):
                     raise ValueError(str(error)) from error
                 if is_stepwise:
                     raise ValueError("per_step pays steps in PPO and GRPO; a choice among answers needs aggregation")
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_fit_their_combination(self) -> BestOfNConfig:
+        terms = zip(term_names(self.rewards), self.rewards, strict=True)
+        self.combination.refuse_strangers({name: term.weight for name, term in terms})
         return self
 
     @property
