@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from rlhf.algo.logprobs import logprobs_from_hidden
 from rlhf.infra.errors import UserError
 from rlhf.infra.flop_counter import flop_counter
 from rlhf.recipes.bench import Comparison, Measured, Spread, check_writable, combined, measured
@@ -168,3 +169,13 @@ def test_fused_attention_and_products_in_place_are_counted() -> None:
     with flop_counter() as counter, torch.no_grad():
         torch.zeros(4, 7).addmm_(torch.ones(4, 3), torch.ones(3, 7))
     assert counter.get_total_flops() == 2 * 4 * 3 * 7
+
+
+def test_a_frozen_head_whose_gradient_is_taken_with_its_logits_is_counted() -> None:
+    """Inside `torch.autograd.grad`, where the counter's own hooks on modules would refuse to run."""
+    head = torch.nn.Linear(6, 9, bias=False).requires_grad_(False)
+    hidden_MD = torch.randn(5, 6, requires_grad=True)
+    with flop_counter() as counter:
+        logprobs_from_hidden(head, hidden_MD, torch.arange(5), vocab_size=9).sum().backward()
+    probe = 2 * 6 * 9  # one row, to see whether the head trains
+    assert counter.get_total_flops() == probe + 2 * (2 * 5 * 6 * 9)  # the logits, and back to the hidden states
