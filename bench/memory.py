@@ -36,14 +36,14 @@ LLAMA = {
     "vocab_size": 128256,
     "tie_word_embeddings": True,
 }
-QWEN = {
+NARROW = {
     "model_type": "llama",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
     "num_hidden_layers": 12,
-    "num_attention_heads": 14,
+    "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "vocab_size": 151936,
+    "vocab_size": 48000,
     "tie_word_embeddings": True,
 }
 WIDE = {
@@ -100,19 +100,17 @@ def online(shape: dict[str, Any], rollouts: int, answer: int, tokens: int, *over
 SETTINGS = {
     "sft_gpt2": supervised(GPT2, "sft", 1024, 256),
     "sft_gpt2_full": supervised(GPT2, "sft", 1024, 256, "model.train=full"),
-    "sft_llama_eager": supervised(LLAMA, "sft", 1024, 256, "model.attn_implementation=eager"),
-    "sft_llama_full_bf16": supervised(LLAMA, "sft", 1024, 256, "model.train=full", "run.dtype=bf16"),
+    "sft_gpt2_full_bf16": supervised(GPT2, "sft", 1024, 256, "model.train=full", "run.dtype=bf16"),
+    "sft_narrow_eager": supervised(NARROW, "sft", 2048, 512, "model.attn_implementation=eager"),
     "sft_wide_4bit_recomputed": supervised(
         WIDE, "sft", 1024, 256, "run.dtype=bf16", "model.load_in_4bit=true", "model.gradient_checkpointing=true"
     ),
     "rm_llama": supervised(LLAMA, "rm", 1024, 256),
-    "dpo_qwen_bf16": supervised(QWEN, "dpo", 1024, 256, "run.dtype=bf16"),
-    "dpo_qwen_bf16_recomputed": supervised(
-        QWEN, "dpo", 2048, 256, "run.dtype=bf16", "model.gradient_checkpointing=true"
-    ),
+    "dpo_gpt2_bf16": supervised(GPT2, "dpo", 2048, 256, "run.dtype=bf16"),
+    "dpo_narrow": supervised(NARROW, "dpo", 2048, 256),
     "ppo_gpt2": online(GPT2, 16, 64, 1024),
-    "ppo_gpt2_value_adapter": online(GPT2, 16, 64, 512, "ppo.value_adapter=true"),
-    "ppo_llama_many_rows": online(LLAMA, 128, 16, 512, "ppo.num_mini_batches=8"),
+    "ppo_narrow_value_adapter": online(NARROW, 16, 64, 1536, "ppo.value_adapter=true"),
+    "ppo_narrow_many_rows": online(NARROW, 192, 16, 1024, "ppo.num_mini_batches=8"),
 }
 
 
@@ -126,17 +124,21 @@ def main(names: list[str]) -> None:
 
 def compared(name: str, setting: Setting, folder: Path) -> Iterator[str]:
     """Rows of the table: every phase, and the whole run."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.plan_sources import planned_stages
+    from rlhf.recipes.resume import config_class
+
     write_model(setting.shape, folder / "model")
     write_rows(folder, setting.length)
     overrides = [text.format(folder=folder) for text in setting.overrides]
-    plan = json.loads(output_of(["-m", "rlhf.cli", "plan", setting.recipe, *overrides, "run.device=cpu", "--json"]))
-    (stage,) = plan["stages"]
-    predicted = {phase["name"]: sum(phase["parts"].values()) - phase["parts"]["framework"] for phase in stage["phases"]}
+    (stage,) = planned_stages(load_config(config_class(setting.recipe), None, [*overrides, "run.device=cpu"]))
+    phases, _ = stage.phases(on_cpu=True)
+    predicted = {phase.name: phase.num_bytes for phase in phases}
     command = [sys.executable, __file__, "--measure", setting.recipe, str(folder), *overrides]
     measured = json.loads(
         subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
     )
-    size = f"{stage['num_parameters'] / MB:.0f} M"
+    size = f"{stage.start.shape.num_parameters / MB:.0f} M"
     for phase in predicted:
         if phase in measured:
             yield row(name, size, phase, predicted[phase], measured[phase])

@@ -43,7 +43,7 @@ def advise(stage: Stage, planned: StagePlan, machine: Machine, plan: Planner = p
     limit = machine.limit.num_bytes
 
     def peak_of(changed: Stage) -> int:
-        return plan(changed, machine).peak.num_bytes
+        return plan(changed, machine).peak.needed_bytes
 
     alone = []
     for knob in knobs(stage, planned.peak.name):
@@ -74,20 +74,20 @@ def _together(stage: Stage, planned: StagePlan, machine: Machine, plan: Planner)
     """Settings at their strongest, the cheapest first and always one that lowers the worst phase, until they fit."""
     assert machine.limit is not None
     limit, made = machine.limit.num_bytes, dict[str, tuple[Knob, Value]]()
-    while planned.peak.num_bytes > limit:
+    while planned.peak.needed_bytes > limit:
         for knob in knobs(stage, planned.peak.name):
             after = stage.changed(knob.key, knob.values[-1])
             found = plan(after, machine)
-            if found.peak.num_bytes < (1 - _WORTH) * planned.peak.num_bytes:
+            if found.peak.needed_bytes < (1 - _WORTH) * planned.peak.needed_bytes:
                 stage, planned, made[knob.key] = after, found, (knob, knob.values[-1])
                 break
         else:
             break
-    num_bytes, fits = planned.peak.num_bytes, planned.peak.num_bytes <= limit
+    num_bytes, fits = planned.peak.needed_bytes, planned.peak.needed_bytes <= limit
     if fits:
         # The last number need not be as low as it goes.
         key, (knob, _) = list(made.items())[-1]
-        milder = _mildest(stage, knob, limit, lambda changed: plan(changed, machine).peak.num_bytes)
+        milder = _mildest(stage, knob, limit, lambda changed: plan(changed, machine).peak.needed_bytes)
         if milder is not None:
             made[key], num_bytes = (knob, milder[0]), milder[1]
     settings = tuple(_written(stage, key, value) for key, (_, value) in made.items())

@@ -57,13 +57,14 @@ class StagePlan:
 
     @property
     def peak(self) -> Phase:
-        return max(self.phases, key=lambda phase: phase.num_bytes)
+        """The phase that needs the most."""
+        return max(self.phases, key=lambda phase: phase.needed_bytes)
 
     def verdict(self, limit: MemoryLimit | None) -> Verdict:
         """Whether the peak fits; `tight` where it would not if the prediction were 15 % too low."""
         if limit is None:
             return "no limit known"
-        share = self.peak.num_bytes / limit.num_bytes
+        share = self.peak.needed_bytes / limit.num_bytes
         return "fits" if share <= TIGHT else "tight" if share <= 1 else "does not fit"
 
 

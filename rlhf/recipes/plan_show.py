@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from rlhf.infra.memory_limit import GB, MemoryLimit
 from rlhf.recipes.plan_advice import Advice
 from rlhf.recipes.plan_predict import Machine, StagePlan
-from rlhf.recipes.plan_trace import PARTS
+from rlhf.recipes.plan_trace import FILE, PARTS
 
 
 def stage_lines(plan: StagePlan, machine: Machine) -> Iterator[str]:
@@ -24,12 +24,15 @@ def stage_lines(plan: StagePlan, machine: Machine) -> Iterator[str]:
     for first, *others in rows:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         yield "  ".join(["  " + first.ljust(widths[0]), *cells])
+    mapped = max(phase.parts.get(FILE, 0) for phase in plan.phases)
+    if mapped:
+        yield f"  {_gb(mapped)} GB of the load are the file, mapped: the system takes it back where memory is short"
     yield f"  {verdict_line(plan, machine)}"
 
 
 def verdict_line(plan: StagePlan, machine: Machine) -> str:
     """The peak beside what there is."""
-    peak = f"peak {_gb(plan.peak.num_bytes)} GB in {plan.peak.name}"
+    peak = f"peak {_gb(plan.peak.needed_bytes)} GB in {plan.peak.name}"
     if machine.limit is None:
         return f"{peak}; this machine has no {machine.device} device: say how much it has with --memory-gb"
     words = {

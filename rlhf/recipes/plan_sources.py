@@ -75,14 +75,16 @@ class Stage:
         """The peaks of the stage's phases, as on a CPU or as on a GPU, and how many parameters train.
 
         On a CPU attention is written out in rows up to `MAX_SHORT`, which can take more than longer ones: both are
-        tried.
+        tried. Loading is among the phases where more is resident in it than in any other.
         """
         tracer = self.trace(Tracer(on_cpu))
-        if not on_cpu or tracer.widest_row <= MAX_SHORT or self.config.model.attn_implementation is not None:
-            return tracer.phases, tracer.num_trained
-        short = self.trace(Tracer(on_cpu, MAX_SHORT))
-        worse = [max(pair, key=lambda phase: phase.num_bytes) for pair in zip(tracer.phases, short.phases, strict=True)]
-        return worse, tracer.num_trained
+        phases = tracer.phases
+        if on_cpu and tracer.widest_row > MAX_SHORT and self.config.model.attn_implementation is None:
+            short = self.trace(Tracer(on_cpu, MAX_SHORT))
+            phases = [max(pair, key=lambda phase: phase.num_bytes) for pair in zip(phases, short.phases, strict=True)]
+        if tracer.load.num_bytes > max(phase.num_bytes for phase in phases):
+            phases = [tracer.load, *phases]
+        return phases, tracer.num_trained
 
     def trace(self, tracer: Tracer) -> Tracer:
         """Run the phases of the stage in a tracer's shadow, and return it."""
@@ -108,8 +110,12 @@ class Stage:
         return tracer
 
     def changed(self, key: str, value: Any) -> Stage:
-        """The stage with one setting (`section.key`) changed."""
-        return replace(self, config=_changed(self.config, key.split("."), value))
+        """The stage with one setting (`section.key`) changed; reward models stay as they were made."""
+        config, rewards = _changed(self.config, key.split("."), value), self.rewards
+        if isinstance(config, RewardUser):  # a base that is held otherwise is no longer that of its reward models
+            apart = [one.has_own_base or _beside(one.start, self.start, config).has_own_base for one in rewards]
+            rewards = tuple(replace(one, has_own_base=own) for one, own in zip(rewards, apart, strict=True))
+        return replace(self, config=config, rewards=rewards)
 
     def setting(self, key: str) -> Any:
         """The value of a setting (`section.key`); None where the stage has no such key."""

@@ -27,9 +27,9 @@ from rlhf.recipes.stages import held_as_trained
 from rlhf.recipes.supervised import Method
 
 ADAPTERS, OPTIMIZER, GRADIENTS, BEST = "adapters", "optimizer", "gradients", "best weights"
-ACTIVATIONS, CACHE, LOGITS, MERGED = "activations", "KV cache", "logits", "merged"
+ACTIVATIONS, CACHE, LOGITS, MERGED, FILE = "activations", "KV cache", "logits", "merged", "file"
 FRAMEWORK = "framework"
-PARTS = (BASE, ADAPTERS, OPTIMIZER, GRADIENTS, ACTIVATIONS, CACHE, LOGITS, MERGED, BEST, FRAMEWORK)
+PARTS = (BASE, ADAPTERS, OPTIMIZER, GRADIENTS, ACTIVATIONS, CACHE, LOGITS, MERGED, BEST, FILE, FRAMEWORK)
 
 MANY = 10**6  # rows, where a pass takes them from a whole data set
 
@@ -43,7 +43,13 @@ class Phase:
 
     @property
     def num_bytes(self) -> int:
+        """All that is resident."""
         return sum(self.parts.values())
+
+    @property
+    def needed_bytes(self) -> int:
+        """Without a file that is mapped, whose pages the system takes back where memory is short."""
+        return self.num_bytes - self.parts.get(FILE, 0)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ class Tracer:
     folded_shapes: set[tuple[int, ...]] = field(default_factory=set)
     num_trained: int = 0
     widest_row: int = 0
+    load: Phase = field(default_factory=lambda: Phase("load", {}))
 
     def __post_init__(self) -> None:
         self.shadow = Shadow(self._label)
@@ -115,10 +122,20 @@ class Tracer:
     def backbone(self, start: Start, model: ModelConfig, dtype: str) -> Backbone:
         """The base of a stage, frozen, under the adapter it starts from (named `sft`)."""
         self.vocab_sizes.add(int(start.shape.config.get_text_config().vocab_size))
-        backbone = hollow_backbone(start.shape, start.held(model), dtype, self.shadow, on_cpu=self.on_cpu)
+        with self.shadow.phase() as peak:
+            backbone = hollow_backbone(start.shape, start.held(model), dtype, self.shadow, on_cpu=self.on_cpu)
+        if self.on_cpu and not model.random_init:
+            self._note_load(start, backbone, peak.by_label)
         if start.adapter is not None and model.train == "lora":
             self.add_adapter(backbone, "sft", start.adapter)
         return backbone
+
+    def _note_load(self, start: Start, backbone: Backbone, parts: Mapping[str, int]) -> None:
+        """Weights in another format than in their file are read from it, mapped as a whole; else it is the base."""
+        if backbone.is_quantised or next(backbone.parameters()).dtype != start.shape.file_dtype:
+            parts = {**parts, FILE: start.shape.num_parameters * start.shape.file_dtype.itemsize}
+        if sum(parts.values()) > self.load.num_bytes:
+            self.load = Phase("load", dict(parts))
 
     def add_adapter(self, backbone: Backbone, name: str, config: LoRAConfig) -> None:
         """A fresh adapter, frozen until it is chosen to train."""

@@ -30,6 +30,7 @@ from rlhf.recipes.pipeline import PipelineConfig
 from rlhf.recipes.plan import read_plan_config
 from rlhf.recipes.plan_advice import advise, knobs
 from rlhf.recipes.plan_predict import Machine, StagePlan, plan_stage
+from rlhf.recipes.plan_show import stage_lines
 from rlhf.recipes.plan_sources import Stage, planned_stages
 from rlhf.recipes.plan_trace import FRAMEWORK, Phase, Rows, Tracer, pair_examples, rows_within
 from rlhf.recipes.ppo_config import PPOConfig
@@ -230,6 +231,18 @@ def test_parts_of_a_small_stage_are_what_they_should_be(base: str) -> None:
 
 
 @pytest.mark.slow
+def test_while_weights_change_format_their_file_is_resident_but_not_needed(base: str) -> None:
+    (stage,) = planned_stages(small_sft(base, training={"max_tokens_per_micro_batch": 10}, data={"max_length": 10}))
+    planned = plan_stage(stage, Machine("cpu", None, 0))
+    load = planned.phases[0]
+    assert load.name == "load" and load.parts["file"] == 2 * SMALL_PARAMETERS  # stored in bf16, held in fp32
+    assert load.needed_bytes == load.parts["base"] < planned.peak.needed_bytes
+    assert "file, mapped" in "\n".join(stage_lines(planned, Machine("cpu", None, 0)))
+    on_gpu = plan_stage(stage, Machine("cuda", None, 0))
+    assert [phase.name for phase in on_gpu.phases] == ["validate", "update"]
+
+
+@pytest.mark.slow
 def test_a_planned_step_takes_the_bytes_of_a_real_one() -> None:
     config = small_sft("tinychat")
     update = traced(config).phases[-1]
@@ -331,7 +344,7 @@ def test_a_critic_of_its_own_and_full_training_hold_more(base: str) -> None:
 @pytest.mark.parametrize(
     ("config", "num_trained", "phases"),
     [
-        (PretrainConfig(), 3_000_000, ["validate", "update"]),
+        (PretrainConfig(), 1_772_480, ["validate", "update"]),
         (RewardConfig(reward={"train": "frozen"}), 160, ["validate", "update"]),
         (RewardConfig(), 4 * adapter_size(16) + 160, ["validate", "update"]),
         (RewardConfig(reward={"ensemble": {"members": 3}}), 3 * (4 * adapter_size(16) + 160), ["validate", "update"]),
@@ -448,6 +461,13 @@ def test_where_no_single_change_is_enough_several_go_together() -> None:
     assert not advice.is_enough and advice.num_bytes == 1256
 
 
+def test_a_base_held_otherwise_is_not_shared_with_a_reward_model() -> None:
+    (stage,) = planned_stages(PPOConfig())
+    assert [one.has_own_base for one in stage.rewards] == [False]
+    assert [one.has_own_base for one in stage.changed("model.load_in_4bit", True).rewards] == [True]
+    assert [one.has_own_base for one in stage.changed("run.dtype", "bf16").rewards] == [False]
+
+
 def test_advice_names_keys_of_the_pipeline_and_only_what_matters_in_the_phase() -> None:
     *_, ppo, _ = planned_stages(load_config(PipelineConfig, CONFIGS / "qwen2.5_7b.yaml"))
     assert next(knob.key for knob in knobs(ppo, "generate")) == "generation.batch_size"
@@ -466,12 +486,12 @@ def test_advice_taken_is_a_config_that_fits(base: str) -> None:
     config = small_sft(base, training={"max_tokens_per_micro_batch": 4096})
     (stage,) = planned_stages(config)
     machine = Machine("cpu", None, 0)
-    before = plan_stage(stage, machine).peak.num_bytes
+    before = plan_stage(stage, machine).peak.needed_bytes
     machine = replace(machine, limit=MemoryLimit(int(0.6 * before), "here"))
     first = advise(stage, plan_stage(stage, machine), machine)[0]
     settings = [f"model.name_or_path={base}", "model.lora.r=4", "data.max_length=64", *first.settings]
     (again,) = planned_stages(load_config(SFTConfig, None, settings))
-    assert plan_stage(again, machine).peak.num_bytes == first.num_bytes <= 0.6 * before
+    assert plan_stage(again, machine).peak.needed_bytes == first.num_bytes <= 0.6 * before
 
 
 # ---------------------------------------------------------------- the command
