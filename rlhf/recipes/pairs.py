@@ -1,8 +1,9 @@
-"""Preference pairs of a policy's own answers: sample several to every prompt, score them, keep what differs.
+"""Preference pairs of a policy's own answers: sample several to every prompt, compare them, keep what differs.
 
-The pairs are in `<run>/pairs.jsonl`, in the form that `rlhf dpo`, `rlhf rm` and the others read; all answers with
-their scores are in `<run>/answers.jsonl`, one line to a prompt, and `<run>/pairs_report.json` says what became of the
-comparisons. What is drawn is a function of weights, seed and prompt, so an interrupted run goes on where it was.
+Rewards score the answers, or judges compare them two by two. The pairs are in `<run>/pairs.jsonl`, in the form that
+`rlhf dpo`, `rlhf rm` and the others read; all answers with their scores are in `<run>/answers.jsonl`, one line to a
+prompt, and `<run>/pairs_report.json` says what became of the comparisons. What is drawn is a function of weights, seed
+and prompt, so an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import torch
 
 from rlhf.data.formats import FORMATS
 from rlhf.data.rows import Columns, Prompt
+from rlhf.eval.judge import RULES, Judge, JudgingStopped, Pair, panel
 from rlhf.infra.durable import write_json, write_text
 from rlhf.infra.experiment import Run
+from rlhf.recipes.judge_pairs import judge_all
+from rlhf.recipes.judging import build_judges
 from rlhf.recipes.launch import launch
 from rlhf.recipes.pairs_config import PairsConfig
 from rlhf.recipes.portions import Portion, fill_in_portions
 from rlhf.recipes.rollouts import Answers, OnlineParts, announce_online, prepare_online
-from rlhf.rewards.pairing import Answer, Comparison, compare, counted
+from rlhf.rewards.pairing import Answer, Comparison, compare, counted, decided
 
 PAIRS, ANSWERS, REPORT = "pairs.jsonl", "answers.jsonl", "pairs_report.json"
 # Columns that would make another format of a pair, or say of its answers what was said of others.
@@ -55,6 +59,14 @@ class Group:
 
 
 @dataclass(frozen=True)
+class PairsParts:
+    """What samples, loaded and found usable, and who compares what was sampled, if it is not its rewards."""
+
+    online: OnlineParts
+    judges: Sequence[Judge] = ()
+
+
+@dataclass(frozen=True)
 class Block:
     """Prompts that are answered at once: `count` of them from `start` on, all of one epoch over the prompt set."""
 
@@ -64,7 +76,7 @@ class Block:
 
 
 def run_pairs(config: PairsConfig, resume: Path | None = None) -> Run:
-    """Sample, score and pair; the pairs are in `<run>/pairs.jsonl`."""
+    """Sample, score or judge, and pair; the pairs are in `<run>/pairs.jsonl`."""
     return launch(
         "pairs",
         config,
@@ -77,21 +89,29 @@ def run_pairs(config: PairsConfig, resume: Path | None = None) -> Run:
     )
 
 
-def prepare(config: PairsConfig, device: torch.device, rejected_rows: Path) -> OnlineParts:
-    """Policy and reference on one base, the rewards, and the prompts."""
-    return prepare_online(config, device, rejected_rows, reference=config.reference)
+def prepare(config: PairsConfig, device: torch.device, rejected_rows: Path) -> PairsParts:
+    """Policy and reference on one base, the prompts, and the rewards or the judges."""
+    if not config.judges:
+        return PairsParts(prepare_online(config, device, rejected_rows, reference=config.reference))
+    judges = build_judges(config.judges, config.run.output_dir, device, config.run.dtype)
+    unscored = config.model_copy(update={"rewards": []})
+    return PairsParts(prepare_online(unscored, device, rejected_rows, reference=config.reference), judges)
 
 
-def make(config: PairsConfig, run: Run, parts: OnlineParts) -> tuple[int, int]:
+def make(config: PairsConfig, run: Run, parts: PairsParts) -> tuple[int, int]:
     """Answers, block by block; then the pairs."""
-    announce_online(config, run, parts)
-    settings, source = config.pairs, Answers(config, run, parts, run.timer)
+    announce_online(config, run, parts.online)
+    settings, source = config.pairs, Answers(config, run, parts.online, run.timer)
     at_once = max(1, config.generation.batch_size // settings.num_generations)
-    blocks = blocks_of(settings.first_prompt, settings.num_prompts, len(parts.prompts), at_once)
+    blocks = blocks_of(settings.first_prompt, settings.num_prompts, len(parts.online.prompts), at_once)
     progress = fill_in_portions(run, ANSWERS, len(blocks), "answers", lambda n: portion(source, blocks[n], config))
     if run.stop_reason is None:
         groups = read_groups(run.folder / ANSWERS)
         comparisons = [compare(g.answers, settings.choose, settings.cut_off, settings.min_gap) for g in groups]
+        try:
+            comparisons = judged(groups, comparisons, parts.judges, config.rule, run)
+        except JudgingStopped:  # Ctrl-C, or the time is spent; what was answered is kept
+            return 0, progress.tokens
         write_pairs(run.folder / PAIRS, groups, comparisons)
         report(run, groups, comparisons)
     return 0, progress.tokens
@@ -128,7 +148,7 @@ def answer(source: Answers, block: Block, config: PairsConfig) -> list[Group]:
     batch = [prompt for prompt in prompts for _ in range(size)]
     # The epoch, not the block, tells this draw from others: how answers are batched changes nothing but rounding.
     trajectory = source.draw(batch, block.epoch)
-    scores = source.score(batch, trajectory)
+    scores = source.score(batch, trajectory) if source.parts.reward is not None else None
     kls: list[float | None] = [None] * len(batch)
     if config.reference is not None:
         kls = (trajectory.logprobs_BR - source.reference_logprobs(trajectory)).sum(dim=1).tolist()
@@ -136,13 +156,48 @@ def answer(source: Answers, block: Block, config: PairsConfig) -> list[Group]:
     finished = trajectory.finished_B.tolist()
 
     def of_row(row: int) -> SampledAnswer:
-        terms = {name: values[row] for name, values in scores.by_term.items()}
-        return SampledAnswer(texts[row], finished[row], scores.total[row], terms, lengths[row], kls[row])
+        terms = {} if scores is None else {name: values[row] for name, values in scores.by_term.items()}
+        score = None if scores is None else scores.total[row]
+        return SampledAnswer(texts[row], finished[row], score, terms, lengths[row], kls[row])
 
     return [
         Group(prompt.prompt, dict(prompt.columns), [of_row(place * size + i) for i in range(size)])
         for place, prompt in enumerate(prompts)
     ]
+
+
+def judged(
+    groups: Sequence[Group], comparisons: Sequence[Sequence[Comparison]], judges: Sequence[Judge], rule: str, run: Run
+) -> list[list[Comparison]]:
+    """The comparisons with a word of the judges on each that nothing else has decided; several judges as a panel."""
+    open_ones = [
+        (place, number)
+        for place, of_group in enumerate(comparisons)
+        for number, comparison in enumerate(of_group)
+        if comparison.outcome is None
+    ]
+    found = [list(of_group) for of_group in comparisons]
+    if not open_ones:
+        return found
+    pairs = [_pair(groups[place], place, comparisons[place][number]) for place, number in open_ones]
+    verdicts = [one.judgements for one in judge_all(judges, pairs, run)]
+    agreed = panel(verdicts) if len(verdicts) > 1 else verdicts[0]
+    for (place, number), judgement in zip(open_ones, agreed, strict=True):
+        found[place][number] = decided(found[place][number], RULES[rule](judgement))
+    return found
+
+
+def _pair(group: Group, place: int, comparison: Comparison) -> Pair:
+    first, second = group.answers[comparison.first], group.answers[comparison.second]
+    return Pair(
+        str(place),
+        group.prompt,
+        first.text,
+        second.text,
+        columns=group.columns,
+        first_columns={"finished": first.finished},
+        second_columns={"finished": second.finished},
+    )
 
 
 def write_pairs(path: Path, groups: Sequence[Group], comparisons: Sequence[Sequence[Comparison]]) -> None:
@@ -162,7 +217,7 @@ def _rows(group: Group, comparisons: Sequence[Comparison]) -> Iterator[dict[str,
             continue
         first, second = group.answers[one.first], group.answers[one.second]
         better, worse = (first, second) if (one.preference or 0.0) > 0.5 else (second, first)
-        scores = {"score_chosen": better.score, "score_rejected": worse.score}
+        scores = {"score_chosen": better.score, "score_rejected": worse.score} if better.score is not None else {}
         yield {**columns, "prompt": group.prompt, "chosen": better.text, "rejected": worse.text, **scores}
 
 

@@ -8,8 +8,14 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlhf.infra.config import Config
+from rlhf.recipes.judging import Judges
 from rlhf.recipes.online_config import SamplingConfig
 from rlhf.rewards.protocol import RewardTermConfig
+
+JUDGES = "who says which of two answers is better, in place of `rewards`; several as a panel, by the mean"
+RULE = "two orders become one preference: their mean, or alike unless they agree"
+SCORES, BY_JUDGES = ("rewards", "reward_model", "process_model"), "`judges` say which answer is better"
+NOBODY_JUDGES = "`judges` is empty, so `rewards` decide"
 
 
 class ComparisonSettings(Config):
@@ -60,6 +66,20 @@ class PairsConfig(SamplingConfig):
 
     reference: str | None = Field(None, description="run or folder to measure the policy's KL from; null: not measured")
     pairs: PairSettings = Field(default_factory=PairSettings, description="how many answers, and which are compared")
+    judges: Judges = Field((), description=JUDGES)
+    rule: Literal["averaged", "agreed"] = Field("averaged", description=RULE)
+
+    @model_validator(mode="after")
+    def _judges_need_no_scores(self) -> PairsConfig:
+        if self.judges:
+            refuse_choice_by_scores("pairs", self.pairs)
+        return self
+
+    @property
+    def lineage(self) -> dict[str, str]:
+        """See `SamplingConfig.lineage`."""
+        asked = {"policy": self.policy} if self.judges else super().lineage
+        return asked | ({"reference": self.reference} if self.reference is not None else {})
 
     @model_validator(mode="after")
     def _answers_have_one_score(self) -> PairsConfig:
@@ -69,4 +89,16 @@ class PairsConfig(SamplingConfig):
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""
         names = ["model.train", "model.lora", "model.gradient_checkpointing"]
-        return dict(super().idle_keys()) | dict.fromkeys(names, "nothing trains")
+        idle = dict(super().idle_keys()) | dict.fromkeys(names, "nothing trains")
+        if not self.judges:
+            return idle | {"rule": NOBODY_JUDGES}
+        return idle | dict.fromkeys([*SCORES, "pairs.min_gap"], BY_JUDGES)
+
+
+def refuse_choice_by_scores(section: str, settings: ComparisonSettings) -> None:
+    """Raise `ValueError` where judges are to find the best of many answers, which takes scores."""
+    if settings.choose == "best_and_worst" and settings.num_generations > 2:
+        raise ValueError(
+            f"{section}.choose is best_and_worst, which takes scores, but judges only compare two answers; use "
+            f"{section}.choose=neighbours or all_pairs, or {section}.num_generations=2"
+        )

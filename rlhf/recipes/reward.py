@@ -34,6 +34,8 @@ from rlhf.recipes.sft import announce
 from rlhf.recipes.stages import REWARD_MODEL
 from rlhf.recipes.supervised import Method, SupervisedLoop, TrainingConfig, Validation
 
+REWARD_REPORT = "reward_report.json"
+
 
 class RewardConfig(Config):
     """`rlhf rm`."""
@@ -297,7 +299,7 @@ def report(
         model.scale = scale_of(scores)
     measured = reward_accuracy(as_reward_pairs(held_out, scores), scores.ms_per_sample)
     described = json.dumps(asdict(measured) | more, indent=1) + "\n"
-    (run.folder / "reward_report.json").write_text(described, encoding="utf-8")
+    (run.folder / REWARD_REPORT).write_text(described, encoding="utf-8")
     run.logger.info(
         f"accuracy {measured.accuracy.estimate:.3f} [{measured.accuracy.low:.3f}, {measured.accuracy.high:.3f}] on "
         f"{measured.num_pairs} pairs; longer wins {measured.longer_wins.estimate:.3f}, shorter wins "

@@ -41,11 +41,14 @@ from rlhf.rollout.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class OnlineParts:
-    """Models, reward and prompts, loaded and found usable; `report` says which rows became prompts."""
+    """Models, reward and prompts, loaded and found usable; `report` says which rows became prompts.
+
+    `reward` is None where a judge compares the answers instead.
+    """
 
     policy: Policy
     reference: Reference
-    reward: CombinedReward
+    reward: CombinedReward | None
     prompts: Sequence[PromptExample]
     encoder: ChatEncoder
     report: str = ""
@@ -64,16 +67,18 @@ def prepare_online(
     backbone = start.policy.backbone
     encoder = ChatEncoder(backbone.tokenizer, config.data.system_prompt)
     prompts, _ = PromptDataset.load(config.data, encoder, rejected_rows)
-    reward = build_reward(
-        config.rewards,
-        config.reward_model,
-        config.run.output_dir,
-        backbone,
-        config.data.system_prompt,
-        config.process_model,
-        config.combination,
-    )
-    notes = check_columns(reward.terms, [prompt.columns for prompt in prompts.examples])
+    reward, notes = None, []
+    if config.rewards:
+        reward = build_reward(
+            config.rewards,
+            config.reward_model,
+            config.run.output_dir,
+            backbone,
+            config.data.system_prompt,
+            config.process_model,
+            config.combination,
+        )
+        notes = check_columns(reward.terms, [prompt.columns for prompt in prompts.examples])
     # Loading a reward adapter onto the shared base must not leave it trainable.
     if start.policy.adapter is not None:
         backbone.train_only(
@@ -123,6 +128,7 @@ class Answers:
 
     def score(self, batch: Sequence[PromptExample], trajectory: Trajectory) -> Scores:
         """What the rewards say of every answer."""
+        assert self.parts.reward is not None
         with self.timer("score"):
             columns = gather_columns(batch) | {
                 "prompt_ids": trajectory.prompts(),

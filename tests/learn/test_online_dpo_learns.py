@@ -220,6 +220,79 @@ def test_sampling_that_was_interrupted_goes_on_with_the_next_block(
     assert log_lines(folder) == log_lines(straight.folder) and len(log_lines(folder)) == 3
 
 
+# ---------------------------------------------------------------- judges
+
+
+def more_red(prompts: Sequence[Prompt], firsts: Sequence[str], seconds: Sequence[str], **columns: Any) -> list[float]:
+    """A judge who likes red, and an answer in front a little."""
+    counts = [
+        (one.split().count("red"), other.split().count("red")) for one, other in zip(firsts, seconds, strict=True)
+    ]
+    return [1.0 if one > other else 0.0 if one < other else 0.8 for one, other in counts]
+
+
+JUDGE = f"judges=[{{kind: pair_function, function: '{HERE}:more_red'}}]"
+
+
+def test_a_judge_is_asked_in_both_orders_about_what_nothing_else_decides(
+    tmp_path: Path, base: Path, prompt_file: Path
+) -> None:
+    run = run_pairs(pairs_config(tmp_path, prompt_file, "judged", base, JUDGE, "pairs.choose=all_pairs"))
+    report, expected = json.loads((run.folder / REPORT).read_text()), {"kept": 0, "alike": 0, "identical": 0}
+    for group in rows_of(run.folder / ANSWERS):
+        texts = [answer["text"] for answer in group["answers"] if answer["text"].strip()]
+        assert all(answer["score"] is None and answer["terms"] == {} for answer in group["answers"])
+        for i, one in enumerate(texts):
+            for other in texts[i + 1 :]:
+                same_red = one.split().count("red") == other.split().count("red")
+                # In front it is liked a little better, whichever it is: over both orders that is no preference.
+                expected["identical" if one == other else "alike" if same_red else "kept"] += 1
+    assert {name: report[f"pairs/{name}"] for name in expected} == expected
+    pairs = rows_of(run.folder / PAIRS)
+    assert len(pairs) == expected["kept"] > 10 and expected["alike"] > 10
+    assert all(p["chosen"].split().count("red") > p["rejected"].split().count("red") for p in pairs)
+    assert "score_chosen" not in pairs[0]
+    assert record(run.folder)["lineage"] == {"policy": str(base)}
+
+
+@pytest.mark.slow
+def test_judges_teach_a_reward_model_round_by_round(
+    tmp_path: Path, base: Path, prompt_file: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = write_rows([{"prompt": p, "chosen": "red cat", "rejected": "blue cat"} for p in prompts(6, seed=3)])
+    refresh = {"num_prompts": 12, "train_files": [str(earlier)], "validation_fraction": 0.2}
+    more = (
+        *(JUDGE, f"refresh={json.dumps(refresh)}", "refresh.training.num_train_epochs=3", "rounds.num_rounds=3"),
+        *("refresh.optimizer.learning_rate=0.01", "refresh.training.per_device_train_batch_size=8"),
+    )
+    run = run_online_dpo(online_config(tmp_path, prompt_file, "taught", base, *more))
+    found = [str(run.folder / f"round_{number}" / "judged" / PAIRS) for number in (1, 2, 3)]
+    for number in (1, 2, 3):
+        taught, sampled = (record(run.folder / f"round_{number}" / stage) for stage in ("reward", "pairs"))
+        assert list(taught["data"]) == [str(earlier), *found[:number]]
+        assert sampled["lineage"]["reward_model"] == str(run.folder / f"round_{number}" / "reward")
+    first = [run.folder / f"round_1/{stage}" / ANSWERS for stage in ("judged", "pairs")]
+    asked = [str(group["prompt"]) for path in first for group in rows_of(path)]
+    assert len(asked) == len(set(asked)) == 28
+    reds = [share_of_red(run.folder / f"round_{number}" / "judged") for number in (1, 2, 3)]
+    assert reds[2] > reds[0] + 0.15
+    lines = log_lines(run.folder)
+    assert all(line["judged/kept"] > 0 and line["refresh/accuracy"] > 0.5 for line in lines)
+    assert (run.folder / "reward_model" / "reward_config.json").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "should_stop", interrupt_after(9))
+        with pytest.raises(Stopped):
+            run_online_dpo(online_config(tmp_path, prompt_file, "again", base, *more))
+    resume_run(tmp_path / "again", lambda *_: None)
+    assert log_lines(tmp_path / "again") == lines
+    assert_same_policy(tmp_path / "again", run.folder)
+
+
+def share_of_red(folder: Path) -> float:
+    texts = [answer["text"] for group in rows_of(folder / ANSWERS) for answer in group["answers"]]
+    return sum("red" in text.split() for text in texts) / len(texts)
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
@@ -227,6 +300,10 @@ def test_sampling_that_was_interrupted_goes_on_with_the_next_block(
         (("rounds.num_generations=2", "rounds.choose=neighbours"), "'rounds.choose' has no effect here because"),
         (("loss=simpo", "rounds.reference=previous"), "'rounds.reference' has no effect here because loss is simpo"),
         (("policy=nobody",), "there is no run 'nobody'"),
+        (("rewards=null", JUDGE), "rounds.choose is best_and_worst, which takes scores"),
+        ((JUDGE, "rounds.num_generations=2"), "'rewards' has no effect here because `judges` say"),
+        (("rewards=null", "refresh.num_prompts=8"), "refresh trains a reward model on what judges say, but `judges`"),
+        ((JUDGE, "refresh.num_prompts=8"), "no term of `rewards` is called model"),
         (("rewards=[{name: model}]",), "the reward `model` needs reward_model"),
     ],
 )

@@ -45,7 +45,7 @@ from rlhf.recipes.judging import (
 )
 from rlhf.recipes.kto import KTOConfig
 from rlhf.recipes.online_config import SamplingConfig
-from rlhf.recipes.online_dpo_config import RoundSettings
+from rlhf.recipes.online_dpo_config import OnlineDPOConfig, RefreshConfig, RoundSettings
 from rlhf.recipes.pairs_config import ComparisonSettings, PairsConfig, PairSettings
 from rlhf.recipes.pipeline import WorldConfig
 from rlhf.recipes.ppo_config import PPOSettings
@@ -162,6 +162,22 @@ PRICED = llm_judge(more=f", {PRICES}")
 PROCESS_REWARD = ("rewards=[{{name: process}}]", "process_model={process}")
 MEASURED = (f"measured_by=[{TARGET}]",)
 KL_MEASURED = ("policy={policy}", "reference={base}")
+IDLE_REWARDS = "'rewards' has no effect here because `judges` say which answer is better"
+NEIGHBOURS = ("rewards=null", "pairs.choose=neighbours", "pairs.cut_off=as_it_is")
+NEIGHBOURS_OF_ROUNDS = ("rewards=null", "rounds.choose=neighbours", "rounds.cut_off=as_it_is")
+# A section that is not there by itself, and what makes it.
+REFRESHED = (
+    "rewards=null",
+    *LENGTH_JUDGE,
+    "rounds.num_rounds=1",
+    "rounds.cut_off=as_it_is",
+    "refresh.num_prompts=8",
+    "refresh.training.per_device_train_batch_size=6",
+    "refresh.optimizer.learning_rate=0.01",
+)
+AROUND = {("online_dpo", "refresh."): REFRESHED}
+# The same judges, made of the same classes by the same function: their own keys are tried in `judge_compare`.
+ONLY_IN_JUDGE_COMPARE = {("pairs", "judges.0."), ("online_dpo", "judges.0.")}
 ONE_UPDATE = ("ppo.num_ppo_epochs=1", "ppo.num_mini_batches=1")
 ONE_UPDATE_OF_GROUPS = ("grpo.num_epochs=1", "grpo.num_mini_batches=1")
 
@@ -602,7 +618,31 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "num_disagreements": [Changes("0", TINYCHAT)],
         "world_seed": [Changes("1", TINYCHAT), Refused("1", IDLE)],
     },
-    PairsConfig: {"reference": [Changes("{other}")]},
+    PairsConfig: {
+        "reference": [Changes("{other}")],
+        "judges": [
+            Changes("[{{kind: length}}]", NEIGHBOURS),
+            Refused("[{{kind: length}}]", "takes scores"),
+            Refused("[{{kind: length}}]", IDLE_REWARDS, ("pairs.choose=neighbours",)),
+        ],
+        "rule": [Changes("agreed", (*NEIGHBOURS, *PAIR_JUDGE)), Refused("agreed", IDLE)],
+    },
+    OnlineDPOConfig: {
+        "judges": [
+            Changes("[{{kind: length}}]", NEIGHBOURS_OF_ROUNDS),
+            Refused("[{{kind: length}}]", "takes scores"),
+        ],
+        "rule": [Changes("agreed", (*NEIGHBOURS_OF_ROUNDS, *PAIR_JUDGE)), Refused("agreed", IDLE)],
+        "reward_model": [
+            Changes("{other_reward}", MODEL_REWARD), Refused("{reward}", IDLE), Refused("{reward}", IDLE, REFRESHED),
+        ],
+    },
+    RefreshConfig: {
+        "num_prompts": [Changes("5")],
+        "train_files": [Changes("{pairs}")],
+        "validation_fraction": [Changes("0.4")],
+        "backbone": [Changes("{other}")],
+    },
     ComparisonSettings: {
         "num_prompts": [Changes("5")],
         "num_generations": [Changes("3"), Refused("1", "a pair has two answers")],
@@ -848,6 +888,13 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
     "online_dpo": ONLINE | {
         "training.max_tokens_per_micro_batch": [Changes("20")],
         **{f"training.{name}": [Refused("1", IDLE)] for name in ("eval_steps", "early_stopping_patience")},
+        "refresh.reward.ensemble.members": [Changes("3")],
+        "refresh.training.max_tokens_per_micro_batch": [Changes("20")],
+        "refresh.training.eval_steps": [Changes("1"), Refused("1", IDLE, ("refresh.validation_fraction=0",))],
+        "refresh.training.early_stopping_patience": [
+            Changes("1", (".eval_steps=1", "refresh.optimizer.learning_rate=1e-30")),
+            Refused("1", IDLE, ("refresh.validation_fraction=0",)),
+        ],
     },
     "eval": {
         "run.max_minutes": [Refused("1", IDLE)],
@@ -915,14 +962,17 @@ def cases(recipe: str, key: str, cls: type[BaseModel], name: str) -> list[Case]:
     if found is None:
         found = next((CASES[owner][name] for owner in cls.__mro__ if name in CASES.get(owner, {})), [])
     section = key.removesuffix(name)
-    return [_absolute(case, section) for case in found]
+    before = next((more for (one, start), more in AROUND.items() if one == recipe and key.startswith(start)), ())
+    return [_absolute(case, section, before) for case in found]
 
 
 def stage_keys() -> Iterator[tuple[str, str, list[Case]]]:
     """(recipe, key, cases) of every recipe that runs alone."""
     for recipe, cls in CONFIGS.items():
         if recipe != "pipeline":
-            yield from ((recipe, key, cases(recipe, key, owner, name)) for key, owner, name in keys_of(cls))
+            elsewhere = tuple(start for one, start in ONLY_IN_JUDGE_COMPARE if one == recipe)
+            keys = ((key, owner, name) for key, owner, name in keys_of(cls) if not key.startswith(elsewhere))
+            yield from ((recipe, key, cases(recipe, key, owner, name)) for key, owner, name in keys)
 
 
 def overrides(recipe: str, case: Case, places: Mapping[str, object], key: str | None = None) -> list[str]:
@@ -932,6 +982,6 @@ def overrides(recipe: str, case: Case, places: Mapping[str, object], key: str | 
     return [text.format_map(places) for text in [*shared, *BASE[recipe], *case.around, *last]]
 
 
-def _absolute(case: Case, section: str) -> Case:
+def _absolute(case: Case, section: str, before: tuple[str, ...] = ()) -> Case:
     around = tuple(f"{section}{text[1:]}" if text.startswith(".") else text for text in case.around)
-    return replace(case, around=around)
+    return replace(case, around=(*before, *around))

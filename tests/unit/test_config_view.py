@@ -61,7 +61,9 @@ def test_a_recipe_is_found_however_its_name_is_spelt() -> None:
 def test_every_key_is_shown_with_its_description() -> None:
     for recipe, cls in CONFIGS.items():
         lines = [line for line in view(load_config(cls), recipe) if line.name]
-        there = {key.rpartition(".")[2] for key in known_keys(cls) if not key.startswith(("data.", "pretrain."))}
+        there = {
+            key.rpartition(".")[2] for key in known_keys(cls) if not key.startswith(("data.", "pretrain.", "refresh."))
+        }
         assert there - {"name", "weight", "arguments"} <= {line.name for line in lines}
         assert [line.name for line in lines if not line.description] == []
 
