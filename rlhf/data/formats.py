@@ -38,7 +38,7 @@ under "prompt" stays raw text; instructions and questions become a user message,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.data.dialogue import answer_and_prefix, common_prefix_split, parse_hh_dialogue, split_hh_text
@@ -273,6 +273,16 @@ def _asked(question: str, answer: str) -> Callable[[Fields, Columns], Row]:
     return to_row
 
 
+def _text_code(fields: Fields, columns: Columns) -> Row:
+    row = _asked("text", "code")(fields, columns)
+    tests = fields.get("test_list")
+    if not isinstance(row, InstructionRow) or not isinstance(tests, list):
+        return row
+    # As MBPP is asked (arXiv:2108.07732): the tests say what the function is to be called.
+    shown = "\n".join([f"{text_of(fields, 'text')}\nYour code should pass these tests:\n", *map(str, tests)])
+    return replace(row, prompt=[{"role": "user", "content": shown}])
+
+
 def _labelled(label: str, unlabelled: Callable[[Fields, Columns], Row]) -> Callable[[Fields, Columns], Row]:
     def to_row(fields: Fields, columns: Columns) -> Row:
         row = unlabelled(fields, columns)
@@ -353,7 +363,7 @@ FORMATS: tuple[Format, ...] = (
     Format("dolly", ("instruction", "response"), _dolly, ("context", "system")),
     Format("question_answer", ("question", "answer"), _asked("question", "answer")),
     Format("problem_solution", ("problem", "solution"), _asked("problem", "solution")),
-    Format("text_code", ("text", "code"), _asked("text", "code")),
+    Format("text_code", ("text", "code"), _text_code),
     Format("prompt_only", ("prompt",), _prompt_only),
     Format("text", ("text",), _text_only),
 )

@@ -6,12 +6,12 @@ theirs; the dict at the foot holds the names.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 
 from rlhf.eval.suite_items import Item
+from rlhf.rewards.code_answers import completed_function, python_source
 
 Extractor = Callable[[str, Item], "str | None"]
 
@@ -26,10 +26,6 @@ _LETTERS = (
     re.compile(r"\(([A-Ja-j])\)"),
     re.compile(r"^\W*([B-HJ]|[AI](?! [a-z']))\W"),  # "A" and "I" are words, too
 )
-_FENCE = re.compile(r"```(?:\w*)\s*\n(.*?)(?:```|\Z)", re.DOTALL)
-_CODE_START = re.compile(r"(?m)^(?:def |async def |class |import |from \w|@|\w+ = lambda)")
-# Where a completion of a function has left it.
-_PAST_THE_FUNCTION = re.compile(r"\n(?=def |class |if __name__|print\(|assert |#|@|```)")
 
 
 def whole(response: str, item: Item) -> str | None:
@@ -62,24 +58,12 @@ def choice_letter(response: str, item: Item) -> str | None:
 
 def python(response: str, item: Item) -> str | None:
     """Python source: the fenced blocks that define what the tests call, else the first lines that read as code."""
-    blocks = _FENCE.findall(response)
-    names = item.spec.get("names", ())
-    chosen = [block for block in blocks if any(re.search(rf"\b{re.escape(name)}\b", block) for name in names)]
-    if chosen or blocks:
-        return "\n\n".join(chosen or blocks).rstrip() + "\n"
-    start = _CODE_START.search(response)
-    return _parsing_part(response[start.start() :]) if start else None
+    return python_source(response, item.spec.get("names", ()))
 
 
 def python_completion(response: str, item: Item) -> str | None:
     """The item's prompt and what follows it as source, or the function alone where the response writes it again."""
-    start = str(item.spec["start"])
-    again = python(response, item)
-    if again is not None and re.search(rf"(?m)^def {re.escape(str(item.spec['entry']))}\b", again):
-        return re.split(rf"(?m)^def {re.escape(str(item.spec['entry']))}\b", start)[0] + again
-    body = _FENCE.findall(response)
-    text = body[0] if body else response
-    return start + _PAST_THE_FUNCTION.split(text)[0].rstrip() + "\n" if text.strip() else None
+    return completed_function(response, str(item.spec["start"]), str(item.spec["entry"]))
 
 
 def _numbers(text: str) -> list[str]:
@@ -91,18 +75,6 @@ def _numbers(text: str) -> list[str]:
             continue
         found.append(format(number.normalize(), "f") if number else "0")
     return found
-
-
-def _parsing_part(text: str) -> str | None:
-    """The longest beginning, in whole lines, that is Python."""
-    lines = text.splitlines()
-    for end in range(len(lines), 0, -1):
-        try:
-            ast.parse("\n".join(lines[:end]))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue
-        return "\n".join(lines[:end]).rstrip() + "\n"
-    return None
 
 
 EXTRACTORS: dict[str, Extractor] = {

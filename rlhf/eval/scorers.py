@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 
-from rlhf.eval.code_tests import LIMITS, Program, run_tests
 from rlhf.eval.instructions import followed
 from rlhf.eval.suite_items import Item
 from rlhf.infra.sandbox import Sandbox
+from rlhf.rewards.code_tests import LIMITS, Program, run_tests
 from rlhf.rewards.refusal import detect_refusal
 
 

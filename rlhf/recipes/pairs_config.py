@@ -14,7 +14,7 @@ from rlhf.rewards.protocol import RewardTermConfig
 
 JUDGES = "who says which of two answers is better, in place of `rewards`; several as a panel, by the mean"
 RULE = "two orders become one preference: their mean, or alike unless they agree"
-SCORES, BY_JUDGES = ("rewards", "reward_model", "process_model"), "`judges` say which answer is better"
+SCORES, BY_JUDGES = ("rewards", "reward_model", "process_model", "combination"), "`judges` say which answer is better"
 NOBODY_JUDGES = "`judges` is empty, so `rewards` decide"
 
 

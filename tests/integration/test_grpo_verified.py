@@ -36,6 +36,17 @@ def test_gsm8k_is_read_as_it_is_and_a_model_that_solves_nothing_learns_nothing(t
         assert line["grpo/groups_sampled"] == 8 and line["grpo/sampling_rounds"] == 2
 
 
+def test_code_of_the_built_in_world_is_run_and_learnt(tmp_path: Path) -> None:
+    rows = prompt_rows("train", 400, seed=0, families=["code"])
+    path = tmp_path / "code.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    size = ["grpo.num_iterations=12", "grpo.num_prompts=8", "grpo.num_generations=8", "grpo.num_mini_batches=2"]
+    rewards = "rewards=[{name: code_tests, arguments: {column: task.spec}}]"
+    lines = log_of(tmp_path, *size, f"data.train_files=[{path}]", rewards, "grpo.max_tokens_per_micro_batch=2048")
+    passed = [line["reward/mean"] for line in lines]
+    assert sum(passed[-4:]) / 4 > sum(passed[:4]) / 4 + 0.1
+
+
 def test_sums_of_the_built_in_world_are_verified_and_learnt(tmp_path: Path) -> None:
     rows = prompt_rows("train", 400, seed=0, families=["arithmetic"])
     path = tmp_path / "sums.jsonl"

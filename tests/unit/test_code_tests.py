@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.eval.code_tests import CodeReport, Program, run_tests
-from rlhf.eval.code_values import pack, unpack
 from rlhf.eval.extractors import python_completion
 from rlhf.eval.scorers import python_tests
 from rlhf.eval.suite_formats import read_items
 from rlhf.infra.sandbox import Sandbox, SandboxLimits
+from rlhf.rewards.code_tests import CodeReport, Program, run_tests
+from rlhf.rewards.code_values import pack, unpack
 
 LIMITS = SandboxLimits(wall_seconds=2.0, cpu_seconds=2.0, memory_mb=256, output_bytes=1 << 18, code_bytes=1 << 22)
 
@@ -160,7 +160,7 @@ def test_programs_do_not_see_each_other(sandbox: Sandbox) -> None:
 
 @pytest.mark.slow
 def test_too_many_calls_are_given_up(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.eval.code_tests.MAX_CALLS", 5)
+    monkeypatch.setattr("rlhf.rewards.code_tests.MAX_CALLS", 5)
     assert report(sandbox, "def f(x): return x", "for x in range(5): assert f(x) == x").passed
     found = report(sandbox, "def f(x): return x", "for x in range(9): assert f(x) == x")
     assert not found.passed and "more than 5 calls" in found.detail

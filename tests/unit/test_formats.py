@@ -109,7 +109,11 @@ def load(name: str) -> list[Any]:
         ({"problem": "Hi", "solution": "Hello!"}, InstructionRow([USER], "Hello!", {"solution": "Hello!"})),
         (
             {"text": "Hi", "code": "pass", "test_list": ["assert 1"]},
-            InstructionRow([USER], "pass", {"test_list": ["assert 1"], "code": "pass"}),
+            InstructionRow(
+                [{"role": "user", "content": "Hi\nYour code should pass these tests:\n\nassert 1"}],
+                "pass",
+                {"test_list": ["assert 1"], "code": "pass"},
+            ),
         ),
         ({"prompt": "Hi", "completion": "Hello!", "label": True}, LabelledRow("Hi", "Hello!", True)),
         ({"messages": [USER, BAD], "label": False}, LabelledRow([USER], "Go away.", False)),

@@ -13,7 +13,6 @@ import datasets
 import pytest
 
 from rlhf.eval import suite_library
-from rlhf.eval.code_tests import LIMITS, Program, run_tests
 from rlhf.eval.instructions import followed
 from rlhf.eval.intervals import Interval, wilson
 from rlhf.eval.mmlu import question_item, read_mmlu
@@ -32,6 +31,7 @@ from rlhf.eval.suite_results import (
 )
 from rlhf.infra.errors import UserError
 from rlhf.infra.sandbox import Sandbox
+from rlhf.rewards.code_tests import LIMITS, Program, run_tests
 
 DATA = Path(suite_library.__file__).parent / "suite_data"
 

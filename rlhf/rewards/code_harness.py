@@ -6,7 +6,7 @@ reported; it is made in another process, which holds the code under test and kno
 
 from __future__ import annotations
 
-from rlhf.eval.code_values import pack, unpack  # left out in the sandbox, where both stand in one file
+from rlhf.rewards.code_values import pack, unpack  # left out in the sandbox, where both stand in one file
 
 MODULES = (
     "bisect", "cmath", "collections", "copy", "datetime", "functools", "heapq", "itertools", "json", "math", "operator",

@@ -15,8 +15,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rlhf.eval import code_harness, code_values
 from rlhf.infra.sandbox import Sandbox, SandboxJob, SandboxLimits, SandboxResult
+from rlhf.rewards import code_harness, code_values
 
 # Tests with more calls than this (loops over thousands of inputs) are given up: each new call costs two processes.
 MAX_CALLS = 400
