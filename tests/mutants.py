@@ -109,7 +109,6 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("spread_N1 > MIN_SPREAD", "spread_N1 > 0", "process_advantages: rounding counts"),
         ("(deviation_N1 + epsilon)", "(deviation_N1 + 9 * epsilon)", "process_advantages: epsilon"),
         (".flip(1).cumsum(dim=1).flip(1)", ".cumsum(dim=1)", "process_advantages: steps before it"),
-        ("torch.where(mask_BR, later_BR, torch.zeros_like(later_BR))", "later_BR", "process_advantages: mask ignored"),
         ('"leave_one_out": leave_one_out,\n    "group_centred": group_centred',
          '"leave_one_out": group_centred,\n    "group_centred": leave_one_out', "advantages exchanged by name"),
     ],

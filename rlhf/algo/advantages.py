@@ -99,14 +99,12 @@ def group_centred(scores_NG: Tensor) -> Tensor:
     return torch.where(differs_N1, centred_NG, torch.zeros_like(scores_NG))
 
 
-def process_advantages(
-    rewards_BR: Tensor, ends_BR: Tensor, mask_BR: Tensor, group_size: int, *, epsilon: float = 1e-6
-) -> Tensor:
+def process_advantages(rewards_BR: Tensor, ends_BR: Tensor, group_size: int, *, epsilon: float = 1e-6) -> Tensor:
     """Advantages (B, R) of rewards paid at the ends of steps: GRPO with process supervision (arXiv:2402.03300 4.1.3).
 
     The rewards of all steps of all answers of a group get mean 0 and deviation 1; a token's advantage is the sum of
     those of the steps that end at it or later. `ends_BR` is True where a step ends; rows are group after group. 0 where
-    the steps of a group have no spread (see `has_spread`), 0 behind the last step and where `mask_BR` is False.
+    the steps of a group have no spread (see `has_spread`), and behind the last step.
     """
     steps_NM, ends_NM = (tensor.reshape(-1, group_size * rewards_BR.shape[1]) for tensor in (rewards_BR, ends_BR))
     counts_N1 = ends_NM.sum(dim=1, keepdim=True)
@@ -116,8 +114,7 @@ def process_advantages(
     spread_N1 = centred_NM.amax(dim=1, keepdim=True) - centred_NM.amin(dim=1, keepdim=True)
     differs_N1 = (counts_N1 > 1) & (spread_N1 > MIN_SPREAD)
     scaled_NM = torch.where(differs_N1, centred_NM / (deviation_N1 + epsilon), torch.zeros_like(centred_NM))
-    later_BR = scaled_NM.view_as(rewards_BR).flip(1).cumsum(dim=1).flip(1)
-    return torch.where(mask_BR, later_BR, torch.zeros_like(later_BR))
+    return scaled_NM.view_as(rewards_BR).flip(1).cumsum(dim=1).flip(1)
 
 
 GROUP_ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {

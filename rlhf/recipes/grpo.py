@@ -111,9 +111,7 @@ class GRPO:
             steps = self.rollouts.step_rewards(trajectory, groups.scores)
             if steps is not None:
                 rewards_BR = rewards_BR + steps.rewards_BR
-                advantages_BR = advantages_BR + process_advantages(
-                    steps.rewards_BR, steps.ends_BR, mask_BR, groups.group_size
-                )
+                advantages_BR = advantages_BR + process_advantages(steps.rewards_BR, steps.ends_BR, groups.group_size)
             return Experience(
                 trajectory,
                 reference_BR,

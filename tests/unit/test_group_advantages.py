@@ -115,7 +115,7 @@ def test_groups_do_not_see_each_other_and_sum_to_nothing(name: str) -> None:
     torch.testing.assert_close(shifted, found)
 
 
-def looped_process_advantages(rewards: Tensor, ends: Tensor, mask: Tensor, size: int) -> list[list[float]]:
+def looped_process_advantages(rewards: Tensor, ends: Tensor, size: int) -> list[list[float]]:
     found = []
     for row in range(len(rewards)):
         group = range(row // size * size, row // size * size + size)
@@ -123,7 +123,7 @@ def looped_process_advantages(rewards: Tensor, ends: Tensor, mask: Tensor, size:
         mean, deviation = np.mean(steps), np.std(steps, ddof=1)
         row_steps = zip(rewards[row], ends[row], strict=True)
         scaled = [(float(r) - mean) / (deviation + 1e-6) if end else 0.0 for r, end in row_steps]
-        found.append([sum(scaled[t:]) if mask[row, t] else 0.0 for t in range(rewards.shape[1])])
+        found.append([sum(scaled[t:]) for t in range(rewards.shape[1])])
     return found
 
 
@@ -131,23 +131,23 @@ def test_rewards_of_steps_are_compared_with_all_steps_of_the_group() -> None:
     rewards, ends = random(4, 7, seed=7), (random(4, 7, seed=8) > -0.3) & MASK
     ends[0, 6] = False  # nothing is learnt of what stands behind the last step
     rewards[1, 0], ends[1, 0] = 0.0, True  # a step may be worth nothing, and still counts
-    found = process_advantages(rewards, ends, MASK, 2)
-    expected = torch.tensor(looped_process_advantages(rewards, ends, MASK, 2), dtype=torch.float64)
+    found = process_advantages(rewards, ends, 2)
+    expected = torch.tensor(looped_process_advantages(rewards, ends, 2), dtype=torch.float64)
     torch.testing.assert_close(found, expected)
     assert found[0, 6] == 0
     spoilt = torch.where(ends, rewards, 99.0)  # where no step ends there is no reward
-    torch.testing.assert_close(process_advantages(spoilt, ends, MASK, 2), found)
-    torch.testing.assert_close(process_advantages(rewards[2:], ends[2:], MASK[2:], 2), found[2:])
+    torch.testing.assert_close(process_advantages(spoilt, ends, 2), found)
+    torch.testing.assert_close(process_advantages(rewards[2:], ends[2:], 2), found[2:])
 
 
 def test_steps_without_spread_tell_nothing() -> None:
     ends = torch.zeros(6, 3, dtype=torch.bool)
     ends[0], ends[1, 0], ends[2, 1] = True, True, True  # the last group has no step, the second one of its own
     rewards = torch.where(ends, 0.7, 0.0) + 1e-7 * random(6, 3, seed=9).float()
-    found = process_advantages(rewards, ends, torch.ones(6, 3, dtype=torch.bool), 2)
+    found = process_advantages(rewards, ends, 2)
     assert not found.any()
     rewards[0, 0] += 0.1
-    found = process_advantages(rewards, ends, torch.ones(6, 3, dtype=torch.bool), 2)
+    found = process_advantages(rewards, ends, 2)
     assert found[0, 0] > found[0, 2] and bool(found.isfinite().all()) and not found[2:].any()
 
 
