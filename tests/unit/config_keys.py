@@ -823,7 +823,7 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
         "generation.temperature": [Changes("0.7"), Refused("0", "all answers to a prompt are the same")],
         "generation.top_p": [Changes("0.5")],
         "generation.top_k": [Changes("3")],
-        "measured_by.0.name": [Changes("length_penalty", ("measured_by=[{{name: phrase_endings}}]",))],
+        "measured_by.0.name": [Changes("keyword_sentiment", ("measured_by=[{{name: phrase_endings}}]",))],
         "measured_by.0.weight": [Changes("3", MEASURED)],
         "measured_by.0.arguments": [Changes("{{text: green}}", MEASURED)],
         "rewards.0.model": [
