@@ -260,7 +260,7 @@ def test_stalls_refusals_and_errors_change_no_verdict(
 
     with serving(behave) as proxy:
         try:
-            assert rlhf(*command("compare", folder, proxy.url, tmp_path, timeout_seconds=5)) == 0
+            assert rlhf(*command("compare", folder, proxy.url, tmp_path, timeout_seconds=15)) == 0
         finally:
             over.set()
         assert len(proxy.requests) == 24 + 6
