@@ -15,6 +15,7 @@ from rlhf.infra.device import DeviceName
 from rlhf.infra.errors import UserError
 from rlhf.infra.run_folder import RUN_INFO, read_run_info
 from rlhf.models.backbone import resolve_model
+from rlhf.models.ensemble import member_folders
 from rlhf.models.export import ExportDtype
 from rlhf.models.scoring import CONFIG_FILE as REWARD_CONFIG
 from rlhf.recipes.export_sources import run_of
@@ -63,6 +64,12 @@ def find_source(config: ExportConfig) -> Source:
     if run is not None:
         kind = _made_by(run)
     folder = locate(config.source, config.output_dir, kind)
+    members = member_folders(Path(folder))
+    if members:
+        raise UserError(
+            f"'{folder}' holds an ensemble of {len(members)} reward models, and a sequence classifier is one; name a "
+            f"member, such as {members[0]}"
+        )
     base = base_of(folder) if (Path(folder) / ADAPTER_CONFIG).is_file() else None
     if (Path(folder) / REWARD_CONFIG).is_file():
         kind = "reward_model"

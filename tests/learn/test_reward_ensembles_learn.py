@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from toy_runs import WriteRows, column, interrupt_after, log_lines, pairs, prompts, settings
 
-from rlhf.infra.config import load_config
+from rlhf.infra.config import Config, load_config
 from rlhf.infra.experiment import Run
 from rlhf.infra.interrupt import Stopped
 from rlhf.models.reward_model import RewardEnsemble, load_reward_model
+from rlhf.recipes.best_of_n import run_best_of_n
+from rlhf.recipes.best_of_n_config import BestOfNConfig
+from rlhf.recipes.doctor import run_doctor
+from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
 from rlhf.recipes.grpo import run_grpo
 from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.ppo import run_ppo
 from rlhf.recipes.ppo_config import PPOConfig
-from rlhf.recipes.resume import resume_run
+from rlhf.recipes.resume import config_class, resume_run
 from rlhf.recipes.reward import RewardConfig, run_reward
+from rlhf.recipes.reward_report import RewardReportConfig, run_reward_report
 from rlhf.rewards.learned import LearnedReward
 
 pytestmark = pytest.mark.slow
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def reward(tmp_path: Path, base: Path, data: Path, name: str, *more: str) -> Run:
@@ -153,3 +160,43 @@ def test_grpo_takes_an_ensemble_as_it_is(tmp_path: Path, base: Path, judges: Pat
     ]
     run = run_grpo(load_config(GRPOConfig, overrides=settings(tmp_path, "grpo", *more)))
     assert len(column(run.folder, "reward/detail/model/disagreement")) == 2
+
+
+def test_whoever_takes_a_reward_model_takes_an_ensemble(
+    tmp_path: Path, base: Path, judges: Path, write_rows: WriteRows
+) -> None:
+    # An evaluation asks for pairs of ten tokens or more.
+    rows = write_rows([row | {"prompt": f"{row['prompt']} {row['prompt']} {row['prompt']}"} for row in pairs(24)])
+
+    def config(cls: type[ConfigT], name: str, *more: str) -> ConfigT:
+        shared = [f"data.train_files={rows}", "reward_model=judges", *more]
+        return load_config(cls, overrides=settings(tmp_path, name, *shared))
+
+    short = "generation.max_new_tokens=4"
+    run, _ = run_evaluation(config(EvaluateConfig, "eval", f"models={{base: {base}}}", short))
+    assert json.loads((run.folder / "report.json").read_text(encoding="utf-8"))["reward_model"]["num_pairs"] > 0
+    _, report = run_reward_report(config(RewardReportConfig, "report", "data.min_length=1", "num_planted=4"))
+    assert report.model["kind"] == "ensemble of 2, rule mean"
+    assert report.accuracy.accuracy.estimate > 0.9
+    assert report.padding.right < 1e-4 and report.padding.left is not None and report.padding.left < 1e-4
+    worst = ["best_of_n.num_answers=4", "rewards=[{name: model, rule: worst}]", f"policy={base}", short]
+    run = run_best_of_n(config(BestOfNConfig, "best", *worst))
+    assert len((run.folder / "best.jsonl").read_text(encoding="utf-8").splitlines()) > 0
+
+
+@pytest.mark.parametrize("recipe", ["rm", "ppo"])
+def test_the_doctor_examines_an_ensemble(
+    tmp_path: Path, base: Path, judges: Path, write_rows: WriteRows, recipe: str
+) -> None:
+    rows = write_rows(pairs(24))
+    if recipe == "rm":
+        more = [f"backbone={base}", "reward.ensemble.members=2", "data.min_length=1", "model.lora.r=4"]
+    else:
+        term = "{name: careful, model: judges, rule: penalised}"
+        more = [f"policy={base}", f"rewards=[{term}, {{name: model}}]", "reward_model=judges"]
+        more += ["generation.max_new_tokens=4"]
+    shared = settings(tmp_path, "run", f"data.train_files={rows}", *more)
+    found = run_doctor(recipe, load_config(config_class(recipe), overrides=shared)).findings
+    heads = [one.finding for one in found if one.finding.id in ("V8", "V9")]
+    assert len(heads) == (2 if recipe == "rm" else 4)
+    assert all(finding.level == "green" for finding in heads), [finding.seen for finding in heads]

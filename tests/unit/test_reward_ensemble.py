@@ -22,6 +22,7 @@ from rlhf.models.ensemble import EnsembleConfig, EnsembleRuleName
 from rlhf.models.lora import LoRAConfig
 from rlhf.models.reward_model import RewardEnsemble, RewardModel, RewardModelConfig, ScoreScale, load_reward_model
 from rlhf.models.scoring import TrainMode
+from rlhf.recipes.export_request import ExportConfig, find_source
 from rlhf.recipes.lineage import fingerprints
 from rlhf.recipes.reward import PairScores, ensemble_validation
 from rlhf.recipes.reward_ensemble import member_rows, start_ensemble
@@ -258,6 +259,12 @@ def test_a_fingerprint_covers_every_member(saved: dict[str, str], tmp_path: Path
     assert fingerprint() != before
     head.write_bytes(content)
     assert fingerprint() == before
+
+
+def test_an_ensemble_has_no_form_to_export_to_but_a_member_has(saved: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"an ensemble of 2 reward models, .* name a member, such as .*member_0"):
+        find_source(ExportConfig(source=saved["ensemble"]))
+    assert find_source(ExportConfig(source=f"{saved['ensemble']}/member_1")).kind == "reward_model"
 
 
 def test_an_ensemble_with_a_member_missing_is_refused(base: Path, tmp_path: Path) -> None:
