@@ -28,6 +28,8 @@ def stage_lines(plan: StagePlan, machine: Machine) -> Iterator[str]:
     if mapped:
         yield f"  {_gb(mapped)} GB of the load are the file, mapped: the system takes it back where memory is short"
     yield f"  {verdict_line(plan, machine)}"
+    if plan.verdict(machine.limit) == "does not fit":
+        yield "  looking for what to change; every change is planned again ..."
 
 
 def verdict_line(plan: StagePlan, machine: Machine) -> str:
