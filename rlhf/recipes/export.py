@@ -26,7 +26,7 @@ from rlhf.models.export import CheckRow, ExportDtype
 from rlhf.models.policy import Policy
 from rlhf.models.reward_model import RewardModel
 from rlhf.models.scoring import CONFIG_FILE as REWARD_CONFIG
-from rlhf.recipes.export_card import WORDS, model_card
+from rlhf.recipes.export_card import model_card, words
 from rlhf.recipes.export_request import (
     CARD,
     EXPORT_INFO,
@@ -61,8 +61,11 @@ class Exported:
     def summary(self) -> str:
         """What was measured, in one line."""
         measured, tolerance = self.report["measured"], self.report["tolerance"]
-        parts = [f"{WORDS[name]} {measured[name]:.2g} (tolerance {bound:g})" for name, bound in tolerance.items()]
-        return f"against the run: {', '.join(parts)}"
+        parts = [
+            f"{words(self.report['kind'], name)}: {measured[name]:.2g} (tolerance {bound:g})"
+            for name, bound in tolerance.items()
+        ]
+        return f"against the run: {'; '.join(parts)}"
 
 
 def run_export(config: ExportConfig) -> Exported:

@@ -100,7 +100,7 @@ def _use_of_reward(report: Mapping[str, Any]) -> str:
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         'model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")',
         *(chat if report["has_chat_template"] else plain),
-        "score = float(model(**inputs).logits[0, 0])",
+        "score = model(**inputs).logits[0, 0].item()",
     ]
     scale = report["score_scale"]
     suffix = f", followed by {report['suffix']!r}" if report["suffix"] else ""
@@ -127,10 +127,11 @@ def _code(lines: Sequence[str]) -> str:
 def _measured(report: Mapping[str, Any]) -> str:
     is_policy = report["kind"] == "policy"
     rows = [
-        [WORDS[name], f"{report['measured'][name]:.3g}", f"{bound:g}"] for name, bound in report["tolerance"].items()
+        [words(report["kind"], name), f"{report['measured'][name]:.3g}", f"{bound:g}"]
+        for name, bound in report["tolerance"].items()
     ]
     rows += [
-        [WORDS[name], f"{value:.3g}", ""]
+        [words(report["kind"], name), f"{value:.3g}", ""]
         for name, value in report["measured"].items()
         if name not in report["tolerance"]
     ]
@@ -142,7 +143,9 @@ def _measured(report: Mapping[str, Any]) -> str:
     if report["measured_against_quantised"] is None:
         return text
     coding = ", ".join(f"{name}={value}" for name, value in report["trained_on_quantised_base"].items())
-    quantised = [[WORDS[name], f"{value:.3g}"] for name, value in report["measured_against_quantised"].items()]
+    quantised = [
+        [words(report["kind"], name), f"{value:.3g}"] for name, value in report["measured_against_quantised"].items()
+    ]
     return (
         f"{text}\n\n**The adapter was trained on a quantised base** ({coding}) **and is merged onto the original "
         "weights here**, which are closer to what the base model's authors trained, but are not what the adapter saw. "
@@ -151,7 +154,13 @@ def _measured(report: Mapping[str, Any]) -> str:
     )
 
 
-WORDS = {
+def words(kind: str, name: str) -> str:
+    """What a measure is called, with its unit where it is not that of the logits."""
+    in_deviations = kind == "reward_model" and name.endswith("_difference")
+    return _WORDS[name] + (", standard deviations of the scores" if in_deviations else "")
+
+
+_WORDS = {
     "max_abs_difference": "largest difference",
     "mean_kl": "mean KL, nats per token",
     "same_choice": "share of tokens with the same likeliest token",

@@ -86,9 +86,13 @@ def _made_by(run: Path) -> Kind:
     if not made and stages:
         raise UserError(f"'{run}' is a pipeline; name one of its stages: {', '.join(stages)}")
     if not made:
-        recipe = read_run_info(run).get("recipe")
-        remedy = "name another run" if recipe == "eval" else f"let it finish (rlhf resume {run}), or name another run"
-        raise UserError(f"run '{run}' ({recipe}) holds no model that was trained to its end; {remedy}")
+        info = read_run_info(run)
+        if info.get("status") == "finished" and info.get("stop_reason") is None:
+            raise UserError(f"run '{run}' ({info.get('recipe')}) trained no model; name one that did")
+        raise UserError(
+            f"run '{run}' ({info.get('recipe')}) holds no model that was trained to its end; let it finish (rlhf "
+            f"resume {run}), or name another run"
+        )
     if made[0] == PROCESS_MODEL:
         raise UserError(
             f"'{run}' holds a process reward model, which scores the steps of an answer; transformers' token "

@@ -140,7 +140,8 @@ def test_sources_that_are_no_finished_model(tmp_path: Path) -> None:
     def run(path: str, recipe: str, *folders: str) -> None:
         for name in ("", *folders):
             (tmp_path / path / name).mkdir(parents=True, exist_ok=True)
-        (tmp_path / path / "run.json").write_text(json.dumps({"recipe": recipe}), encoding="utf-8")
+        status = "interrupted" if "checkpoints" in folders else "finished"
+        (tmp_path / path / "run.json").write_text(json.dumps({"recipe": recipe, "status": status}), encoding="utf-8")
 
     refused("nobody", "there is no run 'nobody'")
     run("stopped", "reward", "checkpoints")
@@ -148,7 +149,7 @@ def test_sources_that_are_no_finished_model(tmp_path: Path) -> None:
         "stopped", r"run '.*stopped' \(reward\) holds no model that was trained to its end; let it finish \(rlhf res"
     )
     run("report", "eval")
-    refused("report", r"\(eval\) holds no model .*; name another run")
+    refused("report", r"run '.*report' \(eval\) trained no model; name one that did")
     run("prm", "prm", "process_reward_model")
     refused("prm", "holds a process reward model")
     for stage in ("sft", "ppo"):
