@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf.algo.trainer import OptimizerConfig
 from rlhf.data.data_config import Names
@@ -49,6 +49,11 @@ class RefreshConfig(Config):
     reward: RewardModelConfig = Field(default_factory=RewardModelConfig, description="pooling and what is trained")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="length and batches")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
+
+    @field_validator("train_files", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     def idle_keys(self) -> Mapping[str, str]:
         """See `Config.idle_keys`."""

@@ -278,7 +278,8 @@ def seen(path: Path, folder: Path) -> Any:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [{k: v for k, v in line.items() if not k.startswith(("time/", "rate/", "memory/"))} for line in lines]
     if path.name == "run.json" and path.parent.name != "taken":
-        info = json.loads(path.read_text(encoding="utf-8"))
+        # Runs inside a run name the data that others inside it made, by their whole paths.
+        info = json.loads(path.read_text(encoding="utf-8").replace(str(folder), ""))
         cost = info.get("cost", {})
         names = ("status", "stop_reason", "device", "num_threads", "data")
         return {n: info[n] for n in names} | {n: cost.get(n) for n in ("optimizer_steps", "tokens")}
