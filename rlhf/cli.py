@@ -190,7 +190,8 @@ def best_of_n(config: ConfigOption = None, overrides: Overrides = None) -> None:
 def evaluate(config: ConfigOption = None, overrides: Overrides = None) -> None:
     """Compare models on the same prompts and write a report, or run fixed suites (suites=[...])."""
     from rlhf.infra.config import load_config
-    from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
+    from rlhf.recipes.evaluate import run_evaluation
+    from rlhf.recipes.evaluate_config import EvaluateConfig
     from rlhf.recipes.suites import run_suites
 
     settings = load_config(EvaluateConfig, config, overrides or ())

@@ -88,7 +88,8 @@ def _evaluate(first: str, second: str, config: Path | None, settings: Sequence[s
     from rlhf.eval.judge_tables import wins_by_judge
     from rlhf.eval.tables import win_rates_of
     from rlhf.infra.config import load_config
-    from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
+    from rlhf.recipes.evaluate import run_evaluation
+    from rlhf.recipes.evaluate_config import EvaluateConfig
 
     names = ("first", "second") if Path(first).name == Path(second).name else (Path(first).name, Path(second).name)
     models = {names[1]: second, names[0]: first}

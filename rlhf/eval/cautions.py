@@ -30,6 +30,7 @@ def run_checks(report: Report) -> tuple[Check, ...]:
         if name in report.main_view.metrics:
             checks += [*_about_scores(report, name), *_about_text(report, name), *_about_refusals(report, name)]
             checks += _about_new_prompts(report, name)
+            checks += _about_taxes(report, name)
     return tuple(sorted(checks, key=lambda check: not check.wary))
 
 
@@ -170,6 +171,20 @@ def _about_new_prompts(report: Report, name: str) -> Iterator[Check]:
                 f"On out-of-distribution prompts {name} wins {_percent(win.rate)} against {win.second}"
                 + ("; the gain is not shown to carry over." if wary else "."),
             )
+
+
+def _about_taxes(report: Report, name: str) -> Iterator[Check]:
+    bound = report.limits.tax
+    for tax in report.taxes:
+        if tax.model != name or tax.change is None:
+            continue
+        lost, much = tax.change.high < 0, tax.change.estimate < -bound
+        sentence = f"On {tax.benchmark} {name} changes by {_points(tax.change)} points against {report.reference}"
+        if lost:
+            sentence += "; it lost knowledge, beyond chance"
+        elif much:
+            sentence += f"; so few questions ({tax.change.num}) do not say whether that is chance"
+        yield Check(f"{name}: alignment tax, {tax.benchmark}", lost or much, sentence + ".")
 
 
 def _about_reward_model(report: Report) -> Iterator[Check]:

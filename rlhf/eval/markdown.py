@@ -19,6 +19,7 @@ from rlhf.eval.tables import (
     reward_families_of,
     reward_model_of,
     summary_of,
+    taxes_of,
     win_rates_of,
 )
 from rlhf.eval.wording import how_measured, outcome_words, subtitle_of
@@ -38,6 +39,7 @@ def render_markdown(report: Report, checks: Sequence[Check], charts: Charts, plo
         _section("Win-rates", table_text(win_rates_of(report), heading=False)),
         _section("Judges", *(table_text(table) for table in judges_of(report))),
         _section("Refusals", table_text(refusals_of(report), heading=False) if report.refusals else ""),
+        _section("Alignment tax", table_text(taxes_of(report), heading=False) if report.taxes else ""),
         _section("Reward model", *_reward_model(report, charts, plots_folder)),
         _section(
             "Training",

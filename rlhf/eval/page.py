@@ -28,6 +28,7 @@ from rlhf.eval.tables import (
     reward_families_of,
     reward_model_of,
     summary_of,
+    taxes_of,
     win_rates_of,
 )
 from rlhf.eval.wording import how_measured, outcome_words, subtitle_of
@@ -56,6 +57,7 @@ def render_page(report: Report, checks: Sequence[Check], charts: Charts) -> str:
         ("win-rates", "Win-rates", _table(win_rates_of(report), heading=False)),
         ("judges", "Judges", "".join(_table(table) for table in judges_of(report))),
         ("refusals", "Refusals", _table(refusals_of(report), heading=False) if report.refusals else ""),
+        ("tax", "Alignment tax", _table(taxes_of(report), heading=False) if report.taxes else ""),
         ("reward-model", "Reward model", _reward_model(report, charts)),
         ("training", "Training", _training(charts)),
         ("cost", "Cost", _table(costs_of(report), heading=False) if report.costs else ""),

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf.eval.alignment_tax import Tax, taxes
 from rlhf.eval.intervals import Interval
 from rlhf.eval.judge_figures import Agreement, JudgedModels, JudgeLine, agreement_over, lines_of
 from rlhf.eval.metrics import ModelMetrics, mean_of, measure, refusal_change, refusal_rate
 from rlhf.eval.reward_accuracy import RewardAccuracy, RewardPair, reward_accuracy
 from rlhf.eval.samples import Cost, Mode, ModelResult, Sample
+from rlhf.eval.suite_results import SuiteResult
 from rlhf.eval.winrate import JUDGES, WinRate, compare
 from rlhf.infra.errors import UserError
 
@@ -34,6 +36,7 @@ class Limits:
     repetition: float = 0.10
     distinct_share: float = 2 / 3
     calibration_error: float = 0.10
+    tax: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class ReportInput:
     where there are any, else the reward model's. `histories` holds a stage's rows of `logs/train.jsonl` by its name.
     `costs` adds stages that are not models, such as the reward model, and fixes the order of the cost table. `notes`
     says how it was measured (seed, machine, threads, versions), in the order it is to be printed. `judged` holds what
-    further judges said of the sampled answers to held-out prompts.
+    further judges said of the sampled answers to held-out prompts. `tax_results` are results of ranked suites, for the
+    alignment tax.
     """
 
     models: Sequence[ModelResult]
@@ -58,6 +62,7 @@ class ReportInput:
     costs: Mapping[str, Cost] = field(default_factory=dict)
     notes: Mapping[str, str | int | float] = field(default_factory=dict)
     judged: Sequence[JudgedModels] = ()
+    tax_results: Sequence[SuiteResult] = ()
     limits: Limits = Limits()
     num_examples: int = 20
     seed: int = 0
@@ -129,6 +134,7 @@ class Report:
     histories: dict[str, History]
     samples: dict[str, tuple[Sample, ...]]
     reward_pairs: tuple[RewardPair, ...]
+    taxes: tuple[Tax, ...]
     seed: int
     judges: tuple[JudgeLine, ...] = ()
     judge_agreement: Agreement | None = None
@@ -172,6 +178,7 @@ def build_report(source: ReportInput) -> Report:
         histories=dict(source.histories),
         samples={model.name: tuple(model.samples) for model in source.models},
         reward_pairs=tuple(source.reward_pairs),
+        taxes=taxes(source.tax_results, names, reference),
         seed=source.seed,
         judges=tuple(lines_of(source.judged, seed=source.seed)),
         judge_agreement=agreement_over(source.judged, seed=source.seed),

@@ -56,12 +56,14 @@ def suite_names() -> list[str]:
     return list(_manifest())
 
 
-def source_file(name: str) -> Path | None:
-    """The file or folder a suite is read from, for the record of a run; None for a bundled suite or a hub name."""
-    if name in _manifest():
-        return None
-    path = Path(name.split(":", 1)[1] if name.split(":", 1)[0] in FORMATS else name).expanduser()
-    return path if path.is_file() else None
+def files_of(names: Sequence[str]) -> list[Path]:
+    """The files that suites are read from, for the record of a run; bundled suites, folders and hub names have none."""
+    found = []
+    for name in names:
+        kind, _, source = name.partition(":")
+        path = Path(source if source and kind in FORMATS else name).expanduser()
+        found += [path] if name not in _manifest() and path.is_file() else []
+    return found
 
 
 @cache
@@ -106,8 +108,8 @@ def _format_and_source(name: str) -> tuple[str, str]:
         return kind, source
     if source or not (Path(name).expanduser().exists() or name.count("/") == 1):
         raise UserError(
-            f"no suite '{name}'; choose from {', '.join(_manifest())}, name a file or folder, or FORMAT:PATH with a "
-            f"format of {', '.join(FORMATS)}"
+            f"no suite '{name}'; choose from {', '.join(_manifest())}, name a file or folder, FORMAT:PATH with a "
+            f"format of {', '.join(FORMATS)}, or lm-eval:TASK"
         )
     return detect(name), name
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlhf.eval.intervals import Interval
@@ -87,11 +87,21 @@ def summary_of(report: Report, view: View) -> Table:
         row("KL per response, nats", lambda m: cell(m.kl, 2)),
         row("KL, 95th percentile", lambda m: cell(m.kl_p95, 2)),
         row("Finished by itself, %", lambda m: cell(m.finished, 1, 100)),
+        *(_tax_rows(report, names) if view is report.main_view else ()),
         row("Gold-reward correlation", lambda m: cell(m.gold_reward.spearman if m.gold_reward else None)),
         row("Prompts", lambda m: cell(float(m.num_prompts), 0)),
     ]
     caption = f"Judge: {_judge_name(report)}." if view.win_rates else ""
     return Table(view.title, ("", *names), tuple(rows), caption).without_empty_rows()
+
+
+def _tax_rows(report: Report, names: Sequence[str]) -> list[tuple[str, tuple[Cell, ...]]]:
+    rows = []
+    for benchmark in dict.fromkeys(tax.benchmark for tax in report.taxes):
+        found = {tax.model: tax.change for tax in report.taxes if tax.benchmark == benchmark}
+        cells = tuple(cell(found.get(name), 1, 100, sign=True) for name in names)
+        rows.append((f"{benchmark.split(' ')[0]}, change, points", cells))
+    return rows
 
 
 def gold_parts_of(report: Report, view: View) -> Table:
@@ -196,6 +206,22 @@ def reward_families_of(found: RewardAccuracy) -> Table:
     """The reward model's accuracy in each family."""
     rows = tuple((name, (cell(rate, 1, 100), Cell(str(rate.num)))) for name, rate in found.by_family.items())
     return Table("Accuracy by family", ("", "Accuracy, %", "Pairs"), rows, one_line=True)
+
+
+def taxes_of(report: Report) -> Table:
+    """Accuracy on benchmarks of knowledge, and its paired change against the reference."""
+    rows = []
+    for benchmark in dict.fromkeys(tax.benchmark for tax in report.taxes):
+        found = {tax.model: tax for tax in report.taxes if tax.benchmark == benchmark}
+        accuracies = [found[name].accuracy if name in found else None for name in report.models]
+        changes = [found[name].change if name in found else None for name in report.models]
+        rows.append((f"{benchmark}, %", tuple(cell(accuracy, 1, 100) for accuracy in accuracies)))
+        rows.append((f"{benchmark}, change, points", tuple(cell(change, 1, 100, sign=True) for change in changes)))
+    caption = (
+        "Questions with four choices; the likeliest choice counts. Wilson intervals; changes against "
+        f"{report.reference} on the same questions (Newcombe's paired interval)."
+    )
+    return Table("Alignment tax", ("", *report.models), tuple(rows), caption).without_empty_rows()
 
 
 def costs_of(report: Report) -> Table:

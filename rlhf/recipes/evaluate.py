@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator, model_validator
 
 from rlhf.data.chat import ChatEncoder
-from rlhf.data.data_config import Names, PromptDataConfig, SourceConfig
+from rlhf.data.data_config import SourceConfig
 from rlhf.data.preference_dataset import PreferenceDataset, PreferenceExample
 from rlhf.data.prompt_dataset import PromptDataset
 from rlhf.data.tinychat import GoldScorer
@@ -23,123 +22,28 @@ from rlhf.eval.report import ReportPaths, write_report
 from rlhf.eval.report_data import ReportInput
 from rlhf.eval.reward_accuracy import RewardPair
 from rlhf.eval.samples import Cost, Mode, ModelResult, Sample, write_samples
-from rlhf.eval.suites import EvalPrompt, SuiteConfig, gold_scores, prompt_suite, shown, tinychat_suite
-from rlhf.infra.config import Config
+from rlhf.eval.suite_items import Suite
+from rlhf.eval.suite_library import files_of
+from rlhf.eval.suite_results import SuiteResult, suite_result
+from rlhf.eval.suites import EvalPrompt, gold_scores, prompt_suite, shown, tinychat_suite
 from rlhf.infra.errors import UserError
-from rlhf.infra.experiment import Run, RunConfig
+from rlhf.infra.experiment import Run
 from rlhf.infra.run_folder import RUN_INFO, read_run_info
-from rlhf.models.backbone import Backbone, ModelConfig
-from rlhf.models.decoding import GenerationConfig
+from rlhf.models.backbone import Backbone
 from rlhf.models.reference import Reference
 from rlhf.models.reward_model import AnyReward, ClassifierReward, RewardEnsemble, RewardModel, load_reward_model
 from rlhf.recipes.answers import askable, cached_answers, texts_of
+from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.evaluation_judges import judge_models
 from rlhf.recipes.judge_pairs import cost_notes
-from rlhf.recipes.judging import Judges, build_judges
+from rlhf.recipes.judging import build_judges
 from rlhf.recipes.launch import launch
+from rlhf.recipes.ranked import measured_answers, named_suite
 from rlhf.recipes.reward import as_reward_pairs, score_pairs
 from rlhf.recipes.stages import REWARD_MODEL, LoadedPolicy, PolicyShelf, locate
 from rlhf.rewards.detectors import refusal_flags
 from rlhf.rewards.learned import SCORING_TOKENS, LearnedReward, same_tokenizer
 from rlhf.rollout.cache import CachedAnswer
-
-
-class EvaluateConfig(Config):
-    """`rlhf eval`."""
-
-    run: RunConfig = Field(default_factory=RunConfig, description="name, place, seed, device")
-    models: dict[str, str] = Field(
-        default={"base": "tinychat"},
-        description="what is compared, in order of training: {name shown: run, folder or hub name}",
-    )
-    reference: str | None = Field(
-        None, description="the model the others are compared with; null: sft, or else the first"
-    )
-    model: ModelConfig = Field(default_factory=ModelConfig, description="how base models are held")
-    reward_model: str | None = Field(
-        None, description="run or folder of a reward model; null: answers get no such score"
-    )
-    suites: Names = Field(
-        (),
-        description="fixed suites to run instead of the full report: their names, files, folders or FORMAT:PATH",
-    )
-    max_items: int | None = Field(None, ge=1, description="at most this many items of each suite; null: all")
-    baseline: str | None = Field(
-        None, description="an earlier run of suites whose results the models are compared with; null: `reference`"
-    )
-    data: PromptDataConfig = Field(
-        default_factory=PromptDataConfig, description="prompts; tinychat has suites of its own"
-    )
-    num_reward_pairs: int = Field(1_000, ge=0, description="held-out pairs that the reward model is measured on")
-    suite: SuiteConfig = Field(default_factory=SuiteConfig, description="how many prompts of each kind")
-    generation: GenerationConfig = Field(default_factory=GenerationConfig, description="how answers are drawn")
-    greedy: bool = Field(
-        True, description="also answer the held-out prompts greedily; suites: answer greedily instead of sampling"
-    )
-    use_cache: bool = Field(
-        True, description="keep answers under <output_dir>/cache and reuse those of the same weights"
-    )
-    histories: dict[str, str] = Field(default={}, description="runs whose training curves are shown: {title: run}")
-    judges: Judges = Field((), description="further judges of the held-out answers, beside gold or reward model")
-    title: str = Field("Evaluation report", description="heading of the report")
-
-    @field_validator("suites", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _models_have_weights(self) -> EvaluateConfig:
-        if self.model.random_init:
-            raise ValueError("model.random_init: an evaluation compares trained weights, not new random ones")
-        return self
-
-    def idle_keys(self) -> Mapping[str, str]:
-        """See `Config.idle_keys`."""
-        in_one_piece, names_them = "an evaluation runs in one piece", "`models` names them"
-        idle = dict.fromkeys(["run.max_minutes", "run.save_every_steps", "run.keep_checkpoints"], in_one_piece)
-        idle |= dict.fromkeys(["run.profile", "run.profile_steps"], "an evaluation has no steps")
-        idle["model.name_or_path"] = names_them
-        idle |= dict.fromkeys(["model.train", "model.lora", "model.gradient_checkpointing"], "nothing trains")
-        if self.reference is not None and self.reference not in self.models:
-            idle["reference"] = f"`models` has only {', '.join(self.models)}"
-        if len(self.models) < 2:
-            idle["judges"] = "there is only one model, and nothing to compare it with"
-        if self.reward_model is None:
-            idle["num_reward_pairs"] = "reward_model is null"
-        if self.run.dtype != "fp32":
-            idle["generation.merge_adapter"] = f"run.dtype is {self.run.dtype}, and only fp32 weights are merged"
-        if self.model.load_in_4bit:
-            idle["generation.merge_adapter"] = "model.load_in_4bit is true, and 4-bit weights take no adapter in"
-        return idle | (self._idle_with_suites() if self.suites else self._idle_with_data())
-
-    def _idle_with_suites(self) -> dict[str, str]:
-        """Suites bring their questions along, and no training is shown."""
-        reason = "`suites` names what is asked"
-        idle = dict.fromkeys(["suite", "num_reward_pairs", "histories", "judges"], reason)
-        idle |= {f"data.{name}": reason for name in PromptDataConfig.model_fields if name != "system_prompt"}
-        if self.greedy:
-            why = "suites are answered greedily (greedy=false samples)"
-            idle |= dict.fromkeys(["generation.temperature", "generation.top_p", "generation.top_k"], why)
-        if self.baseline is not None:
-            idle["reference"] = "`baseline` names what the models are compared with"
-        return idle
-
-    def _idle_with_data(self) -> dict[str, str]:
-        """The built-in world is asked through `suite`, other data through `data`."""
-        idle = dict.fromkeys(["max_items", "baseline"], "`suites` is empty")
-        if self.data.is_tinychat:
-            reason = "the prompts of the built-in world are chosen in `suite`; name data.train_files or data.name"
-            names = ["max_samples", "max_validation_samples", "max_prompt_length", "split_seed", "families"]
-            names += ["where", "validation_files", "validation_fraction"]
-            return idle | dict.fromkeys([f"data.{name}" for name in names], reason)
-        names = ["suite.num_ood", "suite.num_probes", "suite.seed"]
-        idle |= dict.fromkeys(names, "the data are not the built-in world")
-        if self.data.has_validation:
-            idle["data.max_samples"] = "the prompts are those of the validation side"
-        else:
-            idle["num_reward_pairs"] = "data has no validation side to take pairs from"
-        return idle
 
 
 @dataclass(frozen=True)
@@ -152,6 +56,7 @@ class Parts:
     reward: RewardModel | RewardEnsemble | None
     scorer: AnyReward | None
     judges: list[Judge]
+    tax: list[Suite]
 
 
 def run_evaluation(config: EvaluateConfig) -> tuple[Run, ReportPaths]:
@@ -180,6 +85,7 @@ def run_evaluation(config: EvaluateConfig) -> tuple[Run, ReportPaths]:
             costs=stage_costs(settings),
             notes=notes(settings, run, parts) | cost_notes(parts.judges),
             judged=judged,
+            tax_results=tax_results(settings, parts, run),
             seed=settings.run.seed,
         )
         written.append(write_report(run.folder, source))
@@ -192,7 +98,7 @@ def run_evaluation(config: EvaluateConfig) -> tuple[Run, ReportPaths]:
         evaluate,
         settings=config.run,
         lineage=dict(config.models),
-        data_files=config.data.files(),
+        data_files=[*config.data.files(), *files_of(config.tax_suites)],
     )
     return run, written[0]
 
@@ -212,7 +118,30 @@ def prepare(config: EvaluateConfig, device: torch.device, rejected_rows: Path) -
         prompts = prompt_suite((held or data).examples, config.suite.num_heldout)
     pairs = held_out_pairs(config, reward, rejected_rows) if reward is not None and config.num_reward_pairs else []
     judges = build_judges(config.judges, config.run.output_dir, device, config.run.dtype)
-    return Parts(prompts, pairs, models, reward, scorer, judges)
+    return Parts(prompts, pairs, models, reward, scorer, judges, load_tax_suites(config))
+
+
+def load_tax_suites(config: EvaluateConfig) -> list[Suite]:
+    """The suites of the alignment tax. Raises UserError for one whose answers are written instead of ranked."""
+    suites = [named_suite(name, config, config.num_tax_items) for name in config.tax_suites]
+    written = [suite.name for suite in suites if not suite.ranked]
+    if written:
+        raise UserError(f"tax names the suite '{written[0]}', which has no choices to rank; run it by suites=[...]")
+    return suites
+
+
+def tax_results(config: EvaluateConfig, parts: Parts, run: Run) -> list[SuiteResult]:
+    """Every model on every benchmark of the alignment tax."""
+    found = []
+    with run.logger.progress("alignment tax", len(config.models) * len(parts.tax)) as advance:
+        for name, loaded in parts.models.items():
+            encoder = ChatEncoder(loaded.backbone.tokenizer, config.data.system_prompt)
+            for suite in parts.tax:
+                found.append(
+                    suite_result(name, suite, measured_answers(suite, loaded, encoder, config), config.run.seed)
+                )
+                advance()
+    return found
 
 
 def load_scorer(config: EvaluateConfig, backbone: Backbone) -> AnyReward | None:
@@ -311,19 +240,13 @@ def kl_to_reference(
     None for models before it in training order and for those with another tokenizer, whose tokens it does not know.
     """
     names = list(parts.models)
-    reference_name = reference_of(config)
+    reference_name = config.reference_name
     loaded = parts.models[reference_name]
     ids_mean_the_same = same_tokenizer(loaded.backbone.tokenizer, parts.models[name].backbone.tokenizer)
     if names.index(name) < names.index(reference_name) or not ids_mean_the_same:
         return [None] * len(answers)
     sums = reference_sums(Reference(loaded.backbone, loaded.adapter), answers, config.generation.temperature)
     return [given.logprob - total for given, total in zip(answers, sums, strict=True)]
-
-
-def reference_of(config: EvaluateConfig) -> str:
-    """Name of the model that the others are compared with."""
-    names = list(config.models)
-    return config.reference or ("sft" if "sft" in names else names[0])
 
 
 def reference_sums(reference: Reference, answers: Sequence[CachedAnswer], temperature: float) -> list[float]:

@@ -20,7 +20,8 @@ from rlhf.infra.config import Config, given_keys
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.recipes.chain import chain, run_stage
 from rlhf.recipes.dpo import DPOConfig, run_dpo
-from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
+from rlhf.recipes.evaluate import run_evaluation
+from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.ppo import run_ppo
 from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.pretrain import PretrainConfig, run_pretrain

@@ -28,7 +28,8 @@ from rlhf.models.policy import Policy
 from rlhf.models.reference import Reference
 from rlhf.models.reward_model import RewardModel
 from rlhf.models.value_head import ValueHead
-from rlhf.recipes.evaluate import EvaluateConfig, reference_sums
+from rlhf.recipes.evaluate import reference_sums
+from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.grpo import GRPO
 from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.online_config import OnlineConfig

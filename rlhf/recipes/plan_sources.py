@@ -20,7 +20,7 @@ from rlhf.models.lora import LoRAConfig
 from rlhf.models.quantized import read_quantisation
 from rlhf.models.reward_model import CONFIG_FILE as REWARD_CONFIG
 from rlhf.recipes.dpo import DPOConfig
-from rlhf.recipes.evaluate import EvaluateConfig
+from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.kto import KTOConfig
 from rlhf.recipes.online_config import OnlineConfig

@@ -12,7 +12,7 @@ from rlhf.infra.run_folder import CONFIG, read_run_info
 from rlhf.recipes.best_of_n import run_best_of_n
 from rlhf.recipes.best_of_n_config import BestOfNConfig
 from rlhf.recipes.dpo import DPOConfig, run_dpo
-from rlhf.recipes.evaluate import EvaluateConfig
+from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.grpo import run_grpo
 from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.judge_compare import CompareConfig, run_compare

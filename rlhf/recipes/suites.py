@@ -18,11 +18,9 @@ import torch
 from rlhf.data.chat import ChatEncoder
 from rlhf.data.rows import Message, Prompt
 from rlhf.eval.extractors import EXTRACTORS
-from rlhf.eval.ranking import RANKERS
 from rlhf.eval.report import ReportPaths
-from rlhf.eval.scorers import SCORERS, ItemScore
 from rlhf.eval.suite_items import Item, Suite
-from rlhf.eval.suite_library import load_suite, source_file
+from rlhf.eval.suite_library import files_of
 from rlhf.eval.suite_report import SuiteReport, write_report
 from rlhf.eval.suite_results import (
     Answered,
@@ -36,11 +34,12 @@ from rlhf.eval.suite_results import (
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.infra.run_folder import RUN_INFO
-from rlhf.models.choices import choice_logprobs
 from rlhf.models.reward_model import AnyReward
 from rlhf.recipes.answers import askable, cached_answers, texts_of
-from rlhf.recipes.evaluate import EvaluateConfig, load_scorer, reference_of, run_evaluation
+from rlhf.recipes.evaluate import load_scorer, run_evaluation
+from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.launch import launch
+from rlhf.recipes.ranked import last_ids, measured_answers, named_suite, room_for, score_items
 from rlhf.recipes.stages import LoadedPolicy, PolicyShelf
 from rlhf.rewards.learned import LearnedReward
 from rlhf.rollout.cache import CachedAnswer
@@ -92,7 +91,7 @@ def run_suites(config: EvaluateConfig) -> tuple[Run, SuiteReport]:
         ]
         report = SuiteReport(
             settings.title,
-            settings.baseline or (reference_of(settings) if len(settings.models) > 1 else None),
+            settings.baseline or (settings.reference_name if len(settings.models) > 1 else None),
             tuple(results),
             tuple(comparisons(results, answers, parts, settings)),
             suite_notes(settings, run, parts),
@@ -111,14 +110,14 @@ def run_suites(config: EvaluateConfig) -> tuple[Run, SuiteReport]:
         evaluate,
         settings=config.run,
         lineage=dict(config.models),
-        data_files=[file for name in config.suites if (file := source_file(name)) is not None],
+        data_files=files_of(config.suites),
     )
     return run, written[0]
 
 
 def prepare(config: EvaluateConfig, device: torch.device, rejected_rows: Path) -> SuiteParts:
     """Everything that can be refused is looked at before anything is answered."""
-    suites = [load_suite(name, config.max_items) for name in config.suites]
+    suites = [named_suite(name, config, config.max_items) for name in config.suites]
     names = [suite.name for suite in suites]
     if len(set(names)) < len(names):
         raise UserError(f"a suite is named twice: {', '.join(names)}; rename one of the files")
@@ -138,7 +137,7 @@ def answer_suite(name: str, suite: Suite, parts: SuiteParts, config: EvaluateCon
     loaded = parts.models[name]
     encoder = ChatEncoder(loaded.backbone.tokenizer, config.data.system_prompt)
     if suite.ranked:
-        return ranked_answers(suite, loaded, encoder)
+        return measured_answers(suite, loaded, encoder, config)
     written, lengths, finished = write_turns(suite.items, loaded, encoder, config)
     extracted = [
         EXTRACTORS[item.extractor or suite.extractor](said.text, item)
@@ -183,7 +182,7 @@ def write_turns(
             dialogues[index].append({"role": "user", "content": items[index].turns[turn]})
         prompts = [askable(list(dialogues[index]), encoder) for index in asked]
         room = room_for(generation.max_new_tokens, loaded, "an answer (generation.max_new_tokens)")
-        ids = [_last(prompt, room, encoder) for prompt in encoder.prompt_ids_batch(prompts)]
+        ids = [last_ids(prompt, room, encoder) for prompt in encoder.prompt_ids_batch(prompts)]
         answers = cached_answers(loaded, ids, generation, encoder, config.run, config.use_cache)
         for index, answer, text in zip(asked, answers, texts_of(answers, encoder, generation), strict=True):
             written[index] = _Written(list(dialogues[index]), answer, text)
@@ -191,96 +190,6 @@ def write_turns(
             finished[index] = finished[index] and answer.finished
             dialogues[index].append({"role": "assistant", "content": text})
     return [written[index] for index in range(len(items))], lengths, finished
-
-
-def ranked_answers(suite: Suite, loaded: LoadedPolicy, encoder: ChatEncoder) -> list[Answered]:
-    """The choice each item's model finds likeliest; as a part, what the other way to rank would have taken."""
-    prompts, choices, num_shots = ranked_ids(suite.items, loaded, encoder)
-    sums = choice_logprobs(loaded.backbone, loaded.adapter, prompts, choices)
-    lengths = [[len(ids) for ids in of_item] for of_item in choices]
-    extracted = {
-        name: [",".join(map(str, rank(*pair))) for pair in zip(sums, lengths, strict=True)]
-        for name, rank in RANKERS.items()
-    }
-    scores = {name: score_items(suite, answers) for name, answers in extracted.items()}
-    answered = []
-    for index, item in enumerate(suite.items):
-        parts = {name: found[index].value or 0.0 for name, found in scores.items() if name != suite.extractor}
-        taken = extracted[suite.extractor][index]
-        shown = item.prompt if isinstance(item.prompt, str) else str(item.prompt[-1]["content"])
-        answered.append(
-            Answered(
-                item.item_id,
-                item.group,
-                shown.strip() or item.turns[-1],
-                item.choices[int(taken.split(",")[0])].strip(),
-                taken,
-                scores[suite.extractor][index].value,
-                parts | ({"all_shots": float(num_shots[index] == len(item.shots))} if item.shots else {}),
-            )
-        )
-    return answered
-
-
-def ranked_ids(
-    items: Sequence[Item], loaded: LoadedPolicy, encoder: ChatEncoder
-) -> tuple[list[list[int]], list[list[list[int]]], list[int]]:
-    """Prompts, choices and the number of examples before each, as token ids.
-
-    Examples that do not fit the model's context are left out, the first ones first. Choices that continue a
-    conversation end with its stop token; the letters of a questionnaire are the letters and nothing else.
-    """
-    prompts, choices, num_shots = [], [], []
-    for item in items:
-        if item.spec.get("continues"):
-            prompt: Prompt = item.prompt or [{"role": "user", "content": item.turns[-1]}]
-            prompt = askable(prompt, encoder)
-            of_item = encoder.response_ids_batch([prompt] * len(item.choices), list(item.choices))
-            room = room_for(max(map(len, of_item)), loaded, f"a choice of {item.item_id}")
-            ids, kept = _last(encoder.prompt_ids(prompt), room, encoder), 0
-        else:
-            of_item = encoder.continuation_ids_batch(list(item.choices))
-            ids, kept = _with_shots(item, encoder, room_for(max(map(len, of_item)), loaded, "a choice"))
-        prompts.append(ids)
-        choices.append(of_item)
-        num_shots.append(kept)
-    return prompts, choices, num_shots
-
-
-def _with_shots(item: Item, encoder: ChatEncoder, room: int | None) -> tuple[list[int], int]:
-    for first in range(len(item.shots) + 1):
-        text = f"{item.spec.get('header', '')}{''.join(item.shots[first:])}{item.prompt}"
-        ids = encoder.prompt_ids(text)
-        if room is None or len(ids) <= room:
-            return ids, len(item.shots) - first
-    return _last(ids, room, encoder), 0
-
-
-def room_for(num_tokens: int, loaded: LoadedPolicy, what: str) -> int | None:
-    """Tokens that a prompt may have before so many more; None without a limit. Raises UserError where none are left."""
-    context = loaded.backbone.context
-    if context is not None and num_tokens >= context:
-        raise UserError(
-            f"{what} takes {num_tokens} tokens, but '{loaded.backbone.name}' reads {context} at once and needs room "
-            "for the question; shorten it or name a model with a longer context"
-        )
-    return None if context is None else context - num_tokens
-
-
-def _last(ids: list[int], room: int | None, encoder: ChatEncoder) -> list[int]:
-    return ids if room is None else encoder.shorten_prompt(ids, room)
-
-
-def score_items(suite: Suite, extracted: Sequence[str | None]) -> list[ItemScore]:
-    """Judge the answers, all of one scorer at once; an item may name a scorer of its own."""
-    scores: dict[int, ItemScore] = {}
-    by_scorer: dict[str, list[int]] = {}
-    for index, item in enumerate(suite.items):
-        by_scorer.setdefault(item.scorer or suite.scorer, []).append(index)
-    for name, indices in by_scorer.items():
-        found = SCORERS[name]([extracted[i] for i in indices], [suite.items[i] for i in indices])
-        scores.update(zip(indices, found, strict=True))
-    return [scores[index] for index in range(len(suite.items))]
 
 
 def rewards_of(
@@ -307,7 +216,7 @@ def comparisons(
     by_name = {(result.model, result.suite): result for result in results}
     names = list(config.models)
     # What came before the reference in training is no worsening of it.
-    later = names if config.baseline is not None else names[names.index(reference_of(config)) + 1 :]
+    later = names if config.baseline is not None else names[names.index(config.reference_name) + 1 :]
     found = []
     for (model, suite), result in by_name.items():
         if config.baseline is not None:
@@ -315,7 +224,7 @@ def comparisons(
             reference = next((other for other in earlier if other.model == model or len(earlier) == 1), None)
             before = parts.baseline_answers.get((reference.model, suite)) if reference is not None else None
         else:
-            name = reference_of(config)
+            name = config.reference_name
             reference = by_name[name, suite] if name != model else None
             before = answers.get((name, suite))
         if reference is not None:

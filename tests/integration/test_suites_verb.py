@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf.data.chat import ChatEncoder
 from rlhf.eval.suite_items import Item
 from rlhf.models.backbone import resolve_model
-from rlhf.recipes.evaluate import EvaluateConfig
+from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.stages import load_policy
 from rlhf.recipes.suites import write_turns
 

@@ -21,7 +21,7 @@ from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.models.policy import Policy
 from rlhf.recipes.dpo import DPOConfig
-from rlhf.recipes.evaluate import EvaluateConfig
+from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.kto import KTOConfig
 from rlhf.recipes.online_dpo_config import OnlineDPOConfig

@@ -17,6 +17,7 @@ from rlhf.algo.preference_loss import PREFERENCE_LOSSES
 from rlhf.algo.trainer import OptimizerConfig
 from rlhf.data.data_config import DataConfig, InstructionDataConfig, PromptDataConfig, SourceConfig, StepDataConfig
 from rlhf.data.tinychat.labeller import LabellerConfig
+from rlhf.eval.benchmarks import HarnessConfig
 from rlhf.eval.suites import SuiteConfig
 from rlhf.infra.chat_api import ChatApiConfig
 from rlhf.infra.chat_budget import BudgetConfig
@@ -30,7 +31,7 @@ from rlhf.models.process_reward_model import ProcessRewardModelConfig
 from rlhf.models.reward_model import RewardModelConfig
 from rlhf.recipes.best_of_n_config import BestOfNConfig, SelectionSettings
 from rlhf.recipes.dpo import DPOConfig, PreferenceLossConfig
-from rlhf.recipes.evaluate import EvaluateConfig
+from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.grpo_config import GRPOKLConfig, GRPOSettings, GRPOShapingConfig
 from rlhf.recipes.judge_compare import CompareConfig
 from rlhf.recipes.judge_validate import ValidateConfig
@@ -140,6 +141,7 @@ RULES_ONLY, TWO_RULES = (f"rewards=[{TARGET}]",), (f"rewards=[{TARGET}, {LENGTH}
 SMALL_WORLD = (*TINYCHAT, "suite.num_ood=1", "suite.num_probes=1")
 # Suites bring their questions along: what the other cases say of data and prompts is taken back.
 SUITES = ("data.train_files=null", "suite.num_heldout=null", "suites=[preferences:{more}]")
+HARNESS = ("tax=[lm-eval:nothing]",)
 MODEL_REWARD = ("rewards=[{{name: model}}]", "reward_model={reward}")
 GATED = (".rule=gate", ".gate=target_string")
 ENSEMBLE_REWARD = ("rewards=[{{name: model}}]", "reward_model={ensemble}")
@@ -662,6 +664,12 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
             Refused("previous", IDLE, ("loss=simpo",)),
         ],
     },
+    # The harness need not be installed: that a key is read shows in what is refused.
+    HarnessConfig: {
+        "folder": [Fails("nowhere", "lm-eval", HARNESS), Refused("nowhere", IDLE)],
+        "num_shots": [Fails("2", "lm-eval", HARNESS), Refused("2", IDLE)],
+        "chat_template": [Fails("true", "lm-eval", HARNESS), Refused("true", IDLE)],
+    },
     EvaluateConfig: {
         "judges": [Changes("[{{kind: length}}]")],
         "models": [Changes("{{base: {other}}}"), Changes("{{third: {other}}}")],
@@ -678,6 +686,11 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "baseline": [
             Changes("{measured}", SUITES), Fails("nobody", "there is none", SUITES), Refused("{measured}", IDLE),
         ],
+        "tax": [
+            Changes("[preferences:{more}]"), Fails("[reasoning]", "no choices to rank"),
+            Refused("[preferences:{more}]", IDLE, SUITES),
+        ],
+        "num_tax_items": [Changes("3", ("tax=[preferences:{more}]",)), Refused("3", IDLE)],
         "greedy": [Changes("false")],
         "use_cache": [Changes("false")],
         "histories": [Changes("{{curve: {policy}}}")],

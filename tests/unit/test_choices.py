@@ -11,8 +11,8 @@ from rlhf.data.chat import ChatEncoder
 from rlhf.eval.suite_items import Item
 from rlhf.models.backbone import Backbone
 from rlhf.models.choices import choice_logprobs
+from rlhf.recipes.ranked import ranked_ids
 from rlhf.recipes.stages import LoadedPolicy
-from rlhf.recipes.suites import ranked_ids
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 CHOICES = [[[1], [2], [3]], [[4, 5], [6]], [[7, 8, 9], [10], [11, 12]]]

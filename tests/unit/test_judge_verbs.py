@@ -17,7 +17,7 @@ from command_line import rlhf
 
 from rlhf.infra.config import load_config
 from rlhf.infra.errors import UserError
-from rlhf.recipes.evaluate import EvaluateConfig
+from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.judge_compare import CompareConfig, are_answers, model_names, run_compare
 from rlhf.recipes.judge_validate import ValidateConfig, run_validate
 from rlhf.recipes.judge_winrate import stored_win_rates

@@ -22,7 +22,7 @@ from rlhf.models.ensemble import write_ensemble
 from rlhf.models.hollow import hollow_backbone, packaged_shapes, read_shape
 from rlhf.models.lora import LoRAConfig, get_lora_parameters
 from rlhf.recipes.dpo import DPOConfig
-from rlhf.recipes.evaluate import EvaluateConfig
+from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.kto import KTOConfig
 from rlhf.recipes.language_model import language_model_method
