@@ -60,7 +60,7 @@ class RefreshConfig(Config):
         return self.training.idle_keys_with(self.validation_fraction > 0)
 
 
-class OnlineDPOConfig(SamplingConfig, PreferenceLossConfig):
+class OnlineDPOConfig(PreferenceLossConfig, SamplingConfig):
     """`rlhf online-dpo`."""
 
     rounds: RoundSettings = Field(default_factory=RoundSettings, description="the rounds, and the answers of one")

@@ -74,7 +74,6 @@ def prompt_file(write_rows: WriteRows) -> Path:
     return write_rows([{"prompt": prompt, "family": prompt.split()[0], "gold_chosen": 1} for prompt in prompts(40)])
 
 
-@pytest.mark.slow
 def test_a_rule_reward_is_learnt_by_rounds(tmp_path: Path, base: Path, prompt_file: Path) -> None:
     run = run_online_dpo(online_config(tmp_path, prompt_file, "online", base, RED, "rounds.num_rounds=4"))
     rewards = column(run.folder, "reward/mean")
