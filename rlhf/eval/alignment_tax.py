@@ -10,18 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf.eval.intervals import Interval
-from rlhf.eval.suite_results import SuiteResult, compare_results
+from rlhf.eval.suite_results import GUESSING, SuiteResult, compare_results
 
 
 @dataclass(frozen=True)
 class Tax:
     """One model's accuracy on one benchmark; `change` is against the reference on the same questions (None for itself
-    and for models before it in training)."""
+    and for models before it in training). `guessing` is what a coin would get, where that is known."""
 
     model: str
     benchmark: str
     accuracy: Interval
     change: Interval | None
+    guessing: float | None = None
+
+    @property
+    def is_guessing(self) -> bool:
+        """Whether the accuracy cannot be told from guessing: there is nothing to lose, and a change says little."""
+        return self.guessing is not None and self.accuracy.low <= self.guessing
 
 
 def taxes(results: Sequence[SuiteResult], models: Sequence[str], reference: str | None) -> tuple[Tax, ...]:
@@ -36,5 +42,14 @@ def taxes(results: Sequence[SuiteResult], models: Sequence[str], reference: str 
                 continue
             later = reference is not None and models.index(model) > models.index(reference)
             compared = compare_results(result, before) if before is not None and later else None
-            found.append(Tax(model, result.label, result.score, None if compared is None else compared.change))
+            guessing = result.parts.get(GUESSING)
+            found.append(
+                Tax(
+                    model,
+                    result.label,
+                    result.score,
+                    None if compared is None else compared.change,
+                    None if guessing is None else guessing.estimate,
+                )
+            )
     return tuple(found)

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from rlhf.data.chat import ChatEncoder
 from rlhf.eval.suite_items import Suite
-from rlhf.eval.suite_results import Answered
+from rlhf.eval.suite_results import GUESSING, Answered
 from rlhf.infra.config import Config
 from rlhf.infra.errors import UserError
 from rlhf.models.backbone import Backbone
@@ -118,7 +118,7 @@ def _answer(task: str, number: int, rows: Sequence[Mapping[str, Any]]) -> Answer
         response=_response(taken, asked),
         extracted=json.dumps(taken, default=str),
         score=measures[first],
-        parts={name: measures[name] for name in others},
+        parts={name: measures[name] for name in others} | ({} if len(taken) < 2 else {GUESSING: 1 / len(taken)}),
     )
 
 

@@ -25,7 +25,7 @@ class Check:
 
 def run_checks(report: Report) -> tuple[Check, ...]:
     """Ask every question the report's numbers can answer; those that call for caution come first."""
-    checks = [*_about_judge(report), *_about_reward_model(report), *_about_logs(report)]
+    checks = [*_about_judge(report), *_about_reward_model(report), *_about_logs(report), *_about_guessing(report)]
     for name in report.tuned:
         if name in report.main_view.metrics:
             checks += [*_about_scores(report, name), *_about_text(report, name), *_about_refusals(report, name)]
@@ -185,6 +185,13 @@ def _about_taxes(report: Report, name: str) -> Iterator[Check]:
         elif much:
             sentence += f"; so few questions ({tax.change.num}) do not say whether that is chance"
         yield Check(f"{name}: alignment tax, {tax.benchmark}", lost or much, sentence + ".")
+
+
+def _about_guessing(report: Report) -> Iterator[Check]:
+    for tax in report.taxes:
+        if tax.model == report.reference and tax.is_guessing:
+            sentence = f"On {tax.benchmark} {tax.model} does no better than guessing: there is nothing to lose."
+            yield Check(f"{tax.model}: knowledge to lose, {tax.benchmark}", True, sentence)
 
 
 def _about_reward_model(report: Report) -> Iterator[Check]:

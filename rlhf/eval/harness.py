@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -34,7 +35,7 @@ def load_tasks(name: str, config: HarnessConfig, max_items: int | None) -> Bench
     wanted = name.removeprefix(PREFIX)
     if config.folder is not None and not config.folder.expanduser().is_dir():
         raise UserError(f"harness.folder is '{config.folder}', which is no folder; name one with YAML files of tasks")
-    manager = TaskManager(include_path=None if config.folder is None else str(config.folder.expanduser()))
+    manager = _manager(None if config.folder is None else str(config.folder.expanduser()))
     if wanted not in manager.all_tasks:
         near = [task for task in manager.all_tasks if wanted and wanted in task][:5]
         raise UserError(
@@ -50,7 +51,7 @@ def load_tasks(name: str, config: HarnessConfig, max_items: int | None) -> Bench
         _prepare(task_name, task, config)
     asked = draw_items({task_name: len(task.eval_docs) for task_name, task in tasks.items()}, max_items)
     tasks = {task_name: tasks[task_name] for task_name in asked}
-    versions = dict.fromkeys(str(task.VERSION) for task in tasks.values())
+    versions = dict.fromkeys(_version(task) for task in tasks.values())
     return Benchmark(
         name=name,
         version="/".join(versions),
@@ -93,6 +94,16 @@ def draw_items(sizes: Mapping[str, int], max_items: int | None) -> dict[str, lis
     return found
 
 
+@cache
+def _manager(folder: str | None) -> TaskManager:
+    """Reading the names of the harness's thousands of tasks takes seconds."""
+    return TaskManager(include_path=folder)
+
+
+def _version(task: Task) -> str:
+    return str((task.get_config("metadata") or {}).get("version", "0"))
+
+
 def _prepare(name: str, task: Task, config: HarnessConfig) -> None:
     """What the harness's own command does to a task before it is asked."""
     if task.OUTPUT_TYPE == _PERPLEXITY:
@@ -120,7 +131,7 @@ def _questions(tasks: Mapping[str, Task], asked: Mapping[str, Sequence[int]]) ->
         task, chosen = tasks[name], set(numbers)
         head = {
             "task": name,
-            "version": task.VERSION,
+            "version": _version(task),
             "description": task.get_config("description"),
             "shots": task.get_config("num_fewshot"),
         }

@@ -201,10 +201,18 @@ def _edit_sentence(edit: PlantedBias) -> str:
 def _confidence_sentence(report: RewardReport) -> str:
     fit = report.temperature
     assert fit is not None
-    return (
+    measured = (
         f"Expected calibration error {fit.ece_before:.3f}, Brier score {fit.brier_before:.3f} on {fit.num_held_out} "
-        f"pairs. Divide margins by {fit.temperature:.2f} to read them as probabilities (fitted on {fit.num_fitted} "
-        f"others): then {fit.ece_after:.3f}, of which {fit.chance_ece:.3f} would be there by chance."
+        f"pairs, of which an honest model would show {fit.chance_ece:.3f} by chance."
+    )
+    if fit.log_loss_change.high < 0:
+        return (
+            f"{measured} Divide margins by {fit.temperature:.2f} to read them as probabilities (fitted on "
+            f"{fit.num_fitted} other pairs): then {fit.ece_after:.3f}, Brier score {fit.brier_after:.3f}."
+        )
+    return (
+        f"{measured} Dividing margins by a temperature fitted on {fit.num_fitted} other pairs ({fit.temperature:.2f}) "
+        "does not improve them beyond chance; read them as they are."
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.eval.markdown import plain, table_text
-from rlhf.eval.suite_results import Comparison, SuiteResult
+from rlhf.eval.suite_results import GUESSING, Comparison, SuiteResult
 from rlhf.eval.tables import Cell, Table, cell
 
 REPORT_FILE = "SUITES.md"
@@ -116,6 +116,12 @@ def cautions_of(report: SuiteReport) -> list[str]:
             found.append(
                 f"{result.suite}, {result.model}: {together.estimate * together.num:.0f} programs could not be kept "
                 "apart from their tests; code that wants to could forge those."
+            )
+        guessing = result.parts.get(GUESSING)
+        if result.score is not None and guessing is not None and result.score.low <= guessing.estimate:
+            found.append(
+                f"{result.suite}, {result.model}: no better than guessing ({100 * guessing.estimate:.0f} %); a change "
+                "on this suite says little."
             )
         if result.score is None:
             found.append(f"{result.suite}, {result.model}: nobody judged these answers; they are in answers.jsonl.")

@@ -13,6 +13,8 @@ from rlhf.eval.suite_items import Suite
 from rlhf.infra.errors import UserError
 
 RESULTS_FILE = "suites.json"
+# The part of a ranked answer that says how often a coin would have been right.
+GUESSING = "by_guessing"
 _FORMAT = 1
 _TOLERANCE = 1e-9
 

@@ -102,7 +102,7 @@ class EvaluateConfig(Config):
     def tax_suites(self) -> tuple[str, ...]:
         """The ranked suites of the alignment tax."""
         if self.tax is None:
-            return ("tinychat_choices", "tinychat_mmlu") if self.data.is_tinychat else ()
+            return ("tinychat_choices",) if self.data.is_tinychat else ()
         return self.tax
 
     def _idle_with_suites(self) -> dict[str, str]:

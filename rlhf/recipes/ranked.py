@@ -11,7 +11,7 @@ from rlhf.eval.ranking import RANKERS
 from rlhf.eval.scorers import SCORERS, ItemScore
 from rlhf.eval.suite_items import Item, Suite
 from rlhf.eval.suite_library import load_suite
-from rlhf.eval.suite_results import Answered
+from rlhf.eval.suite_results import GUESSING, Answered
 from rlhf.infra.errors import UserError
 from rlhf.models.choices import choice_logprobs
 from rlhf.recipes.answers import askable
@@ -46,6 +46,7 @@ def ranked_answers(suite: Suite, loaded: LoadedPolicy, encoder: ChatEncoder) -> 
     answered = []
     for index, item in enumerate(suite.items):
         parts = {name: found[index].value or 0.0 for name, found in scores.items() if name != suite.extractor}
+        parts[GUESSING] = 1 / len(item.choices)
         taken = extracted[suite.extractor][index]
         shown = item.prompt if isinstance(item.prompt, str) else str(item.prompt[-1]["content"])
         answered.append(

@@ -155,7 +155,7 @@ def reward_report(config: RewardReportConfig, run: Run, parts: ReportParts) -> t
     chosen = range(min(config.num_planted, len(pairs)))
     planted, bad = edited([pairs[i] for i in chosen]), spoiled([pairs[i] for i in chosen], config.run.seed)
     with run.logger.progress("planted answers", None):
-        changed = score_variants([*planted, *bad], parts.pairs, learned, encoder)
+        changed = score_variants([*planted, *bad], parts.pairs, learned, encoder, config.data.max_length)
     base = [pairs[variant.prompt_index].chosen_score for variant in (*planted, *bad)]
     cut = len(planted)
     report = RewardReport(
@@ -166,7 +166,7 @@ def reward_report(config: RewardReportConfig, run: Run, parts: ReportParts) -> t
         planted=tuple(planted_biases(planted, base[:cut], changed[:cut], std, config.run.seed)),
         bad=tuple(bad_answers(bad, base[cut:], changed[cut:], std, config.run.seed)),
         distributions=distributions_of(pairs),
-        padding=padding_check(parts.model, rows, std),
+        padding=padding_check(parts.model, rows, std, config.data.max_length),
         disagreements=worst_disagreements(pairs, config.num_disagreements),
         margins=tuple(pair.chosen_score - pair.rejected_score for pair in pairs),
         model=model_facts(parts.model, config, run),
@@ -177,14 +177,22 @@ def reward_report(config: RewardReportConfig, run: Run, parts: ReportParts) -> t
 
 
 def score_variants(
-    variants: Sequence[Variant], examples: Sequence[PreferenceExample], learned: LearnedReward, encoder: ChatEncoder
+    variants: Sequence[Variant],
+    examples: Sequence[PreferenceExample],
+    learned: LearnedReward,
+    encoder: ChatEncoder,
+    max_length: int,
 ) -> list[float]:
-    """Scores of the changed answers, each behind the prompt of its pair."""
+    """Scores of changed answers, each behind its pair's prompt, the end of which is kept where all is too long."""
     prompts = [askable(examples[variant.prompt_index].prompt, encoder) for variant in variants]
     answers = encoder.response_ids_batch(prompts, [variant.changed for variant in variants])
     # The pairs' own prompt ids: they may have been cut to length.
     starts = [examples[variant.prompt_index].prompt_ids for variant in variants]
-    scores: list[float] = learned.score_ids([[*s, *a] for s, a in zip(starts, answers, strict=True)]).tolist()
+    rows = []
+    for start, answer in zip(starts, answers, strict=True):
+        kept = answer[: max_length - 1]
+        rows.append([*encoder.shorten_prompt(start, max_length - len(kept)), *kept])
+    scores: list[float] = learned.score_ids(rows).tolist()
     return scores
 
 
@@ -201,14 +209,16 @@ def fitted_temperature(
 
 
 @torch.no_grad()
-def padding_check(model: AnyReward, rows: Sequence[Sequence[int]], std: float) -> PaddingCheck:
-    """Score rows of different lengths alone and in padded batches, some columns wider than the longest needs."""
+def padding_check(model: AnyReward, rows: Sequence[Sequence[int]], std: float, max_length: int) -> PaddingCheck:
+    """Score rows of different lengths alone and in padded batches, where there is room wider than the longest needs."""
     chosen = sorted(rows, key=len)[:: max(1, len(rows) // _PADDED_ROWS)][:_PADDED_ROWS]
     device, pad = next(model.parameters()).device, model.tokenizer.pad_token_id
     alone = torch.cat([model(torch.tensor([row], device=device), None) for row in map(list, chosen)])
     right = pad_right([TokenExample(list(row), [False] * len(row)) for row in chosen], pad).to(device)
     assert right.attention_mask_BT is not None
-    wider = (0, _EXTRA_COLUMNS)
+    # More columns than a row may have could lie beyond the positions that the model knows.
+    extra = max(0, min(_EXTRA_COLUMNS, max_length - max(map(len, chosen))))
+    wider = (0, extra)
     on_right = model(
         torch.nn.functional.pad(right.input_ids_BT, wider, value=pad),
         torch.nn.functional.pad(right.attention_mask_BT, wider, value=False),
@@ -217,7 +227,7 @@ def padding_check(model: AnyReward, rows: Sequence[Sequence[int]], std: float) -
     if isinstance(model, ClassifierReward) or model.backbone.is_encoder:
         return PaddingCheck(len(chosen), gap, None)
     left = pad_left(chosen, pad).to(device)
-    wider = (_EXTRA_COLUMNS, 0)
+    wider = (extra, 0)
     on_left = model(
         torch.nn.functional.pad(left.input_ids_BP, wider, value=pad),
         torch.nn.functional.pad(left.attention_mask_BP, wider, value=False),

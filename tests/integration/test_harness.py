@@ -12,11 +12,13 @@ from command_line import rlhf
 
 from rlhf.data.chat import ChatEncoder
 from rlhf.eval.benchmarks import HarnessConfig, load_benchmark
+from rlhf.eval.suite_items import Item
 from rlhf.eval.suite_library import load_suite
 from rlhf.infra.errors import UserError
 from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.ranked import measured_answers
 from rlhf.recipes.stages import LoadedPolicy, load_policy
+from rlhf.recipes.suites import write_turns
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 pytestmark = pytest.mark.slow
@@ -132,7 +134,9 @@ def test_what_cannot_be_measured_is_one_sentence(folder: Path, name: str, said: 
         load_benchmark(name, HarnessConfig(folder=folder))
 
 
-def test_from_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_the_command_line(
+    folder: Path, loaded: LoadedPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = [f"run.output_dir={tmp_path}", f"harness.folder={folder}", "run.device=cpu", "run.num_threads=1"]
     models = "models={sft: tinychat, ppo: tinychat}"
     suites = "suites=[lm-eval:facts, lm-eval:written]"
@@ -144,7 +148,11 @@ def test_from_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
     ]  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]
     written = [line for line in lines if line["suite"] == "lm-eval:written"]
-    assert all("Paris" in line["response"] and "." not in line["response"] for line in written)
+    # As the model writes it when it is asked by ourselves.
+    encoder = ChatEncoder(loaded.backbone.tokenizer)
+    config = EvaluateConfig(suites=("regression",), generation={"max_new_tokens": 24, "stop": ["."]}, use_cache=False)
+    own = write_turns([Item("a", ("Tell me the capital of France.",))], loaded, encoder, config)[0][0].text
+    assert own and {line["response"].strip() for line in written} == {own}
     small = ["suite.num_heldout=8", "suite.num_ood=0", "suite.num_probes=2", "generation.max_new_tokens=8"]
     assert (
         rlhf("eval", "run.name=b", "tax=lm-eval:facts", "num_tax_items=6", "greedy=false", models, *small, *given) == 0

@@ -18,7 +18,8 @@ from rlhf.models.reward_model import RewardEnsemble, load_reward_model
 from rlhf.recipes.best_of_n import run_best_of_n
 from rlhf.recipes.best_of_n_config import BestOfNConfig
 from rlhf.recipes.doctor import run_doctor
-from rlhf.recipes.evaluate import EvaluateConfig, run_evaluation
+from rlhf.recipes.evaluate import run_evaluation
+from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.grpo import run_grpo
 from rlhf.recipes.grpo_config import GRPOConfig
 from rlhf.recipes.ppo import run_ppo

@@ -13,6 +13,7 @@ from rlhf.eval.benchmarks import answers_of_task, hash_of_questions, is_benchmar
 from rlhf.eval.cautions import run_checks
 from rlhf.eval.report_data import Report, build_report
 from rlhf.eval.suite_items import Suite
+from rlhf.eval.suite_report import SuiteReport, cautions_of
 from rlhf.eval.suite_results import Answered, SuiteResult, suite_result
 from rlhf.eval.tables import summary_of, taxes_of
 from rlhf.infra.errors import UserError
@@ -86,6 +87,22 @@ def test_a_report_tells_a_loss(lost: int, gained: int, wary: bool, words: str) -
     assert shown["mmlu 1 (ffffffff), %"][1] == "80.0"
 
 
+def test_a_benchmark_on_which_the_reference_guesses_says_so() -> None:
+    def chosen(model: str, num_right: int) -> SuiteResult:
+        answers = [
+            Answered(f"q{n}", "all", "?", "A", "0", float(n < num_right), {"by_guessing": 0.25}) for n in range(100)
+        ]
+        return suite_result(model, SUITE, answers)
+
+    for num_right, told in ((26, True), (80, False)):
+        results = [chosen("sft", num_right), chosen("ppo", num_right)]
+        made = build_report(dataclasses.replace(full_input(), tax_results=results))
+        names = [check.name for check in run_checks(made) if check.wary]
+        assert ("sft: knowledge to lose, mmlu 1 (ffffffff)" in names) is told
+        notes = cautions_of(SuiteReport("Suites", "sft", tuple(results), (), {}))
+        assert [("no better than guessing (25 %)" in note) for note in notes] == ([True, True] if told else [])
+
+
 # ---------------------------------------------------------------- the harness's log
 
 
@@ -99,7 +116,12 @@ def row(number: int, metrics: dict[str, object], **fixed: object) -> dict[str, o
 
 def test_the_first_measure_is_the_score_and_the_likeliest_choice_the_answer() -> None:
     (found,) = answers_of_task("arc", [row(7, {"acc": 1, "acc_norm": 0.0, "likelihood": -3.2})])
-    assert (found.item_id, found.group, found.score, found.parts) == ("arc-7", "arc", 1.0, {"acc_norm": 0.0})
+    assert (found.item_id, found.group, found.score, found.parts) == (
+        "arc-7",
+        "arc",
+        1.0,
+        {"acc_norm": 0.0, "by_guessing": 0.5},
+    )
     assert (found.response, found.prompt) == ("B", "Q")
 
 

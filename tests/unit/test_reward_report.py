@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import torch
 from command_line import rlhf
 from scipy.optimize import minimize_scalar
 
-from rlhf.eval.intervals import wilson
+from rlhf.data.preference_dataset import PreferenceExample
+from rlhf.data.rows import PreferenceRow
+from rlhf.eval.intervals import Interval, wilson
 from rlhf.eval.planted import EDITS, FEATURES, REFUSAL, REFUSING, SPOILERS
 from rlhf.eval.reward_accuracy import RewardPair, reward_accuracy
 from rlhf.eval.reward_biases import (
     ScoredPair,
+    Variant,
     bad_answers,
     edited,
     feature_biases,
@@ -43,7 +47,8 @@ from rlhf.eval.temperature import (
 )
 from rlhf.infra.errors import UserError
 from rlhf.models.reward_model import RewardModel
-from rlhf.recipes.reward_report import padding_check
+from rlhf.recipes.reward_report import padding_check, score_variants
+from rlhf.rewards.learned import LearnedReward
 
 # ------------------------------------------------------------------ temperature
 
@@ -291,7 +296,11 @@ def test_the_card_claims_what_was_measured() -> None:
     assert "On 400 held-out pairs it orders" in card
     assert "- Flattery before it: 100.0 % [94.0, 100.0], +1.50" in card
     assert "Its training run is not at hand." in card
-    assert f"Divide margins by {report.temperature.temperature:.2f}" in card  # type: ignore[union-attr]
+    fit = report.temperature
+    assert fit is not None
+    for change, said in ((-0.02, f"Divide margins by {fit.temperature:.2f}"), (0.01, "read them as they are")):
+        found = replace(fit, log_loss_change=Interval(change - 0.01, change - 0.015, change, 200))
+        assert said in render_card(replace(report, temperature=found)), said
     text = render_report(report, "![x](y.svg)")
     assert "chosen \\| text" in text and "Q \\<b\\>" in text and "![x](y.svg)" in text
     json.dumps(report.numbers(), allow_nan=False)
@@ -310,11 +319,33 @@ class PadCounter(RewardModel):
 def test_padding_is_checked() -> None:
     torch.manual_seed(0)
     rows = [list(range(5, 5 + length)) for length in (3, 9, 20, 31)]
-    sound = padding_check(RewardModel("tinychat"), rows, 1.0)
+    sound = padding_check(RewardModel("tinychat"), rows, 1.0, 512)
     assert sound.num == 4 and sound.right < 1e-4
     assert sound.left is not None and sound.left < 1e-4
-    faulty = padding_check(PadCounter("tinychat"), rows, 1.0)
+    faulty = padding_check(PadCounter("tinychat"), rows, 1.0, 512)
     assert faulty.right == pytest.approx(0.1 * (31 + 7 - 3), abs=1e-3)
+    # No position is asked for that the model may not have.
+    faulty = padding_check(PadCounter("tinychat"), rows, 1.0, 33)
+    assert faulty.right == pytest.approx(0.1 * (31 + 2 - 3), abs=1e-3)
+
+
+class Listening(LearnedReward):
+    """Keeps the rows that it is given."""
+
+    def score_ids(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        self.seen = [list(row) for row in rows]
+        return torch.zeros(len(rows))
+
+
+def test_a_changed_answer_is_no_longer_than_a_row_may_be() -> None:
+    learned = Listening(RewardModel("tinychat"), None, standardise=False)
+    start = list(range(5, 35))
+    example = PreferenceExample(start, [1], [2], None, PreferenceRow("Which?", "a", "b"))
+    made = [Variant("x", "all", 0, "a", "Yes. " * count) for count in (1, 200)]
+    score_variants(made, [example], learned, learned.encoder, 32)
+    short, long = learned.encoder.response_ids_batch(["Which?"] * 2, [one.changed for one in made])
+    assert 2 < len(short) < 10 and learned.seen[0] == [*start, *short][-32:]
+    assert learned.seen[1] == [start[-1], *long[:31]]
 
 
 @pytest.mark.slow
