@@ -33,7 +33,7 @@ def read_mmlu(source: str) -> list[Item]:
         files = {f"{file.parent.name}/{file.name}": file.read_text(encoding="utf-8") for file in path.rglob("*.csv")}
     elif path.is_file():
         files = _from_archive(path)
-    elif source.count("/") == 1:
+    elif source.count("/") == 1 and not source.startswith(("/", ".", "~")):
         return _from_hub(source)
     else:
         raise UserError(f"'{source}' is no folder, archive or hub name of MMLU")

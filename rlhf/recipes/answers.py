@@ -7,12 +7,22 @@ from collections.abc import Sequence
 from rlhf.data.chat import ChatEncoder
 from rlhf.data.rows import Prompt
 from rlhf.infra.determinism import derive_seed
-from rlhf.infra.experiment import RunConfig
+from rlhf.infra.experiment import Run, RunConfig
 from rlhf.models.decoding import GenerationConfig, text_before_stop
 from rlhf.models.policy import Policy
 from rlhf.recipes.stages import LoadedPolicy
 from rlhf.rollout.cache import CachedAnswer, ResponseCache, answers_of, weights_hash
 from rlhf.rollout.sampler import Sampler
+
+
+class AnsweringStopped(Exception):  # noqa: N818 - not an error: it was asked for
+    """Ctrl-C between two models, suites or portions of one; what was written by then is in the cache."""
+
+
+def stop_if_asked(run: Run) -> None:
+    """Raise AnsweringStopped once somebody has asked the run to end."""
+    if run.should_stop():
+        raise AnsweringStopped
 
 
 def cached_answers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from rlhf.infra.run_folder import RUN_INFO, read_run_info
 from rlhf.models.backbone import Backbone
 from rlhf.models.reference import Reference
 from rlhf.models.reward_model import AnyReward, ClassifierReward, RewardEnsemble, RewardModel, load_reward_model
-from rlhf.recipes.answers import askable, cached_answers, texts_of
+from rlhf.recipes.answers import AnsweringStopped, askable, cached_answers, stop_if_asked, texts_of
 from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.evaluation_judges import judge_models
 from rlhf.recipes.judge_pairs import cost_notes
@@ -64,7 +65,11 @@ def run_evaluation(config: EvaluateConfig) -> tuple[Run, ReportPaths]:
     written: list[ReportPaths] = []
 
     def evaluate(settings: EvaluateConfig, run: Run, parts: Parts) -> tuple[int, int]:
-        results = [answer_all(name, parts, settings, run) for name in settings.models]
+        try:
+            results = [answer_all(name, parts, settings, run) for name in settings.models]
+            taxed = tax_results(settings, parts, run)
+        except AnsweringStopped:
+            return 0, 0
         with run.timer("score"):
             pairs, milliseconds = reward_pairs(parts)
         write_samples(run.folder / "samples.jsonl", (s for result in results for s in result.samples))
@@ -85,7 +90,7 @@ def run_evaluation(config: EvaluateConfig) -> tuple[Run, ReportPaths]:
             costs=stage_costs(settings),
             notes=notes(settings, run, parts) | cost_notes(parts.judges),
             judged=judged,
-            tax_results=tax_results(settings, parts, run),
+            tax_results=taxed,
             seed=settings.run.seed,
         )
         written.append(write_report(run.folder, source))
@@ -137,9 +142,8 @@ def tax_results(config: EvaluateConfig, parts: Parts, run: Run) -> list[SuiteRes
         for name, loaded in parts.models.items():
             encoder = ChatEncoder(loaded.backbone.tokenizer, config.data.system_prompt)
             for suite in parts.tax:
-                found.append(
-                    suite_result(name, suite, measured_answers(suite, loaded, encoder, config), config.run.seed)
-                )
+                answers = measured_answers(suite, loaded, encoder, config, partial(stop_if_asked, run))
+                found.append(suite_result(name, suite, answers, config.run.seed))
                 advance()
     return found
 
@@ -172,7 +176,11 @@ def held_out_pairs(
 
 
 def answer_all(name: str, parts: Parts, config: EvaluateConfig, run: Run) -> ModelResult:
-    """One model's answers to every prompt, sampled, and greedy ones to the held-out prompts, with all scores."""
+    """One model's answers to every prompt, sampled, and greedy ones to the held-out prompts, with all scores.
+
+    Raises AnsweringStopped on Ctrl-C.
+    """
+    stop_if_asked(run)
     samples: list[Sample] = []
     with run.logger.progress(f"answers of {name}", len(parts.prompts)) as advance:
         samples += answer(name, parts, parts.prompts, "sampled", config, run)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rlhf.data.chat import ChatEncoder
 from rlhf.data.rows import Prompt
@@ -18,6 +19,9 @@ from rlhf.recipes.answers import askable
 from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.stages import LoadedPolicy
 
+# Items between two looks at Ctrl-C.
+_PORTION = 128
+
 
 def named_suite(name: str, config: EvaluateConfig, max_items: int | None) -> Suite:
     """A suite of ours, of a file, or of the lm-evaluation-harness, by its name."""
@@ -25,12 +29,24 @@ def named_suite(name: str, config: EvaluateConfig, max_items: int | None) -> Sui
 
 
 def measured_answers(
-    suite: Suite, loaded: LoadedPolicy, encoder: ChatEncoder, config: EvaluateConfig
+    suite: Suite,
+    loaded: LoadedPolicy,
+    encoder: ChatEncoder,
+    config: EvaluateConfig,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Answered]:
-    """What a model takes of the choices of a ranked suite, or does in a benchmark of the harness."""
+    """What a model takes of the choices of a ranked suite, or does in a benchmark of the harness.
+
+    `between` is called between portions of the items, and ends the whole by an exception; a benchmark is one portion.
+    """
     if isinstance(suite, Benchmark):
         return answer_benchmark(suite, loaded.backbone, loaded.adapter, encoder, config.harness, config.generation)
-    return ranked_answers(suite, loaded, encoder)
+    answered = []
+    for start in range(0, len(suite.items), _PORTION):
+        between()
+        portion = replace(suite, items=suite.items[start : start + _PORTION])
+        answered += ranked_answers(portion, loaded, encoder)
+    return answered
 
 
 def ranked_answers(suite: Suite, loaded: LoadedPolicy, encoder: ChatEncoder) -> list[Answered]:

@@ -43,7 +43,7 @@ from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run, RunConfig
 from rlhf.infra.run_folder import RUN_INFO, read_run_info
 from rlhf.models.reward_model import AnyReward, ClassifierReward, RewardEnsemble, load_reward_model
-from rlhf.recipes.answers import askable
+from rlhf.recipes.answers import AnsweringStopped, askable, stop_if_asked
 from rlhf.recipes.launch import launch
 from rlhf.recipes.stages import REWARD_MODEL, locate
 from rlhf.rewards.learned import SCORING_TOKENS, LearnedReward
@@ -103,7 +103,10 @@ def run_reward_report(config: RewardReportConfig) -> tuple[Run, RewardReport]:
     made: list[RewardReport] = []
 
     def measure(settings: RewardReportConfig, run: Run, parts: ReportParts) -> tuple[int, int]:
-        report, num_tokens = reward_report(settings, run, parts)
+        try:
+            report, num_tokens = reward_report(settings, run, parts)
+        except AnsweringStopped:
+            return 0, 0
         write_reward_report(run.folder, report)
         made.append(report)
         return 0, num_tokens
@@ -153,6 +156,7 @@ def reward_report(config: RewardReportConfig, run: Run, parts: ReportParts) -> t
     accuracy = reward_accuracy(as_pairs(parts.pairs, pairs), milliseconds)  # refuses scores that are not finite
     std = standard_deviation(scores)
     chosen = range(min(config.num_planted, len(pairs)))
+    stop_if_asked(run)
     planted, bad = edited([pairs[i] for i in chosen]), spoiled([pairs[i] for i in chosen], config.run.seed)
     with run.logger.progress("planted answers", None):
         changed = score_variants([*planted, *bad], parts.pairs, learned, encoder, config.data.max_length)

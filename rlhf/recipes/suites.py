@@ -11,6 +11,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.infra.run_folder import RUN_INFO
 from rlhf.models.reward_model import AnyReward
-from rlhf.recipes.answers import askable, cached_answers, texts_of
+from rlhf.recipes.answers import AnsweringStopped, askable, cached_answers, stop_if_asked, texts_of
 from rlhf.recipes.evaluate import load_scorer, run_evaluation
 from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.launch import launch
@@ -78,12 +79,10 @@ def run_suites(config: EvaluateConfig) -> tuple[Run, SuiteReport]:
     written: list[SuiteReport] = []
 
     def evaluate(settings: EvaluateConfig, run: Run, parts: SuiteParts) -> tuple[int, int]:
-        answers: Answers = {}
-        for name in settings.models:
-            with run.logger.progress(f"answers of {name}", len(parts.suites)) as advance:
-                for suite in parts.suites:
-                    answers[name, suite.name] = {a.item_id: a for a in answer_suite(name, suite, parts, settings)}
-                    advance()
+        try:
+            answers = answer_suites(parts, settings, run)
+        except AnsweringStopped:
+            return 0, 0
         results = [
             suite_result(name, suite, list(answers[name, suite.name].values()), settings.run.seed)
             for name in settings.models
@@ -115,6 +114,19 @@ def run_suites(config: EvaluateConfig) -> tuple[Run, SuiteReport]:
     return run, written[0]
 
 
+def answer_suites(parts: SuiteParts, config: EvaluateConfig, run: Run) -> Answers:
+    """Every model's answers to every suite. Raises AnsweringStopped on Ctrl-C."""
+    answers: Answers = {}
+    for name in config.models:
+        with run.logger.progress(f"answers of {name}", len(parts.suites)) as advance:
+            for suite in parts.suites:
+                stop_if_asked(run)
+                found = answer_suite(name, suite, parts, config, run)
+                answers[name, suite.name] = {answer.item_id: answer for answer in found}
+                advance()
+    return answers
+
+
 def prepare(config: EvaluateConfig, device: torch.device, rejected_rows: Path) -> SuiteParts:
     """Everything that can be refused is looked at before anything is answered."""
     suites = [named_suite(name, config, config.max_items) for name in config.suites]
@@ -132,12 +144,12 @@ def prepare(config: EvaluateConfig, device: torch.device, rejected_rows: Path) -
     return SuiteParts(suites, models, scorer, baseline, earlier)
 
 
-def answer_suite(name: str, suite: Suite, parts: SuiteParts, config: EvaluateConfig) -> list[Answered]:
+def answer_suite(name: str, suite: Suite, parts: SuiteParts, config: EvaluateConfig, run: Run) -> list[Answered]:
     """One model's answers to every item of a suite, read and judged."""
     loaded = parts.models[name]
     encoder = ChatEncoder(loaded.backbone.tokenizer, config.data.system_prompt)
     if suite.ranked:
-        return measured_answers(suite, loaded, encoder, config)
+        return measured_answers(suite, loaded, encoder, config, partial(stop_if_asked, run))
     written, lengths, finished = write_turns(suite.items, loaded, encoder, config)
     extracted = [
         EXTRACTORS[item.extractor or suite.extractor](said.text, item)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.data.chat import ChatEncoder
 from rlhf.eval.suite_items import Item
+from rlhf.infra.experiment import Run
 from rlhf.models.backbone import resolve_model
 from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.stages import load_policy
@@ -112,6 +113,29 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert rlhf("eval", f"run.output_dir={tmp_path}", "run.name=a", *given) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_looks", [1, 2, 4])
+def test_an_interrupted_evaluation_is_taken_up_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, num_looks: int
+) -> None:
+    place = f"run.output_dir={tmp_path}"
+    given = ["suites=[tinychat_regression, tinychat_choices]", "models={sft: tinychat, ppo: tinychat}", *SMALL]
+    assert rlhf("eval", "run.name=whole", place, *given) == 0
+    looks = iter(range(1, 99))
+
+    def asked(run: Run) -> bool:
+        run.stop_reason = "interrupted" if next(looks) >= num_looks else None
+        return run.stop_reason is not None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "should_stop", asked)
+        assert rlhf("eval", "run.name=a", place, *given) == 130
+    assert "go on with: rlhf resume" in capsys.readouterr().err
+    assert not (tmp_path / "a" / "suites.json").exists()
+    assert rlhf("resume", str(tmp_path / "a")) == 0
+    assert results(tmp_path / "a") == results(tmp_path / "whole")
 
 
 def test_later_turns_stand_behind_the_models_own_answers() -> None:

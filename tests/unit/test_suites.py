@@ -232,6 +232,8 @@ def test_what_is_no_suite_is_refused_with_the_remedy(tmp_path: Path) -> None:
         load_suite("resoning")
     with pytest.raises(UserError, match="does not exist"):
         load_suite("gsm8k:nowhere.jsonl")
+    with pytest.raises(UserError, match="no folder, archive or hub name"):
+        load_suite("mmlu:/nowhere")
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n')
     with pytest.raises(UserError, match="none of the formats"):
