@@ -100,7 +100,7 @@ def test_settings_of_one_side_and_work_that_differs(workplace: Path) -> None:
         (["sft.yaml", "sft.yaml", "--warmup", "3"], "a run of 3 steps cannot be measured when the first 3"),
         (
             ["sft.yaml", "sft.yaml", "--b", "model.name_or_path=nowhere"],
-            "the run of B (sft.yaml) failed: no model nowhere",
+            "the run of B (sft.yaml) failed: there is no run 'nowhere'",
         ),
     ],
 )

@@ -156,12 +156,7 @@ def write_data(folder: Path) -> dict[str, object]:
         answers = {"output_1": words(rng.randint(1, 4)), "output_2": words(rng.randint(1, 4))}
         return {"input": words(3), **answers, "label": rng.choice([1, 2]), "finished": True}
 
-    asked = [words(3) for _ in range(8)]
     rows = {
-        "answers": [answer(*one) for one in enumerate(asked)],
-        "other_answers": [answer(*one) for one in enumerate(asked)],
-        "labelled": [labelled() for _ in range(8)],
-        "more_labelled": [labelled() for _ in range(8)],
         "steps": [solution() for _ in range(24)],
         "more_steps": [solution() for _ in range(24)],
         "renamed_steps": [solution("question") for _ in range(24)],
@@ -179,6 +174,15 @@ def write_data(folder: Path) -> dict[str, object]:
     for split in ("train", "validation", "test"):
         write_rows(folder / "splits" / f"{split}.jsonl", [pair() for _ in range(24)])
         write_rows(folder / "step_splits" / f"{split}.jsonl", [solution() for _ in range(24)])
+    # Drawn last, so that what is above stays as it is.
+    asked = [words(3) for _ in range(8)]
+    judged = {
+        "answers": [answer(*one) for one in enumerate(asked)],
+        "other_answers": [answer(*one) for one in enumerate(asked)],
+        "labelled": [labelled() for _ in range(8)],
+        "more_labelled": [labelled() for _ in range(8)],
+    }
+    files |= {name: write_rows(folder / f"{name}.jsonl", lines) for name, lines in judged.items()}
     (folder / "mine.py").write_text(FUNCTIONS, encoding="utf-8")
     (folder / "instructions.txt").write_text("Say [[A]], [[B]] or [[C]].", encoding="utf-8")
     files |= {"functions": folder / "mine.py", "instructions": folder / "instructions.txt"}
