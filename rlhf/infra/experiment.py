@@ -48,7 +48,7 @@ from rlhf.infra.run_folder import (
 from rlhf.infra.step_profiler import StepProfiler
 
 Status = Literal["running", "finished", "interrupted", "failed"]
-StopReason = Literal["interrupted", "max_minutes"]
+StopReason = Literal["interrupted", "max_minutes", "reward_hacking"]
 
 MINUTES_BETWEEN_CHECKPOINTS = 5.0
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -191,8 +191,9 @@ class Run:
         return f"rlhf resume {self.folder}"
 
     def should_stop(self) -> bool:
-        """Whether the run must end after this step, because of Ctrl-C or its time budget; `stop_reason` tells which.
+        """Whether the run must end after this step: Ctrl-C, its time budget, or a reason that the recipe has set.
 
+        `stop_reason` tells which.
         The budget counts from `create` or `open`: a resumed run has all of it again.
         """
         if self._interrupt.seen:

@@ -36,6 +36,7 @@ from rlhf.recipes.online_state import Progress, Rollout
 from rlhf.recipes.rollouts import OnlineParts, Rollouts, announce_online, prepare_online
 from rlhf.recipes.stages import POLICY, save_policy
 from rlhf.recipes.updates import Updates, ratio_metrics
+from rlhf.recipes.watch import Watch
 from rlhf.rewards.shaping import RunningMoments, token_rewards
 from rlhf.rollout.trajectory import Experience
 
@@ -49,6 +50,7 @@ class GRPO:
         self.rollouts = Rollouts(config, run, parts, self.timer)
         start = Progress(0, KLController.from_config(config.kl), RunningMoments())
         self.updates = Updates(config, run, parts.policy, self.timer, start)
+        self.watch = Watch(config, run, parts, self.rollouts)
         self.report = OnlineReport(run, self.timer)
 
     @property
@@ -73,6 +75,7 @@ class GRPO:
                         self.progress.rollout = Rollout(
                             experience, drawn.groups.scores, drawn.groups.shaped, drawn.counts, drawn.dropped_tokens
                         )
+                        self.watch.look(self.progress, self.progress.rollout)
                     rollout, made = self.progress.rollout, self.progress.updates
                     self.updates.make(rollout.experience, self.config.grpo.num_epochs, self.loss)
                     self.updates.finish_iteration(rollout)
@@ -190,6 +193,7 @@ def train(config: GRPOConfig, run: Run, parts: OnlineParts) -> tuple[int, int]:
     grpo = GRPO(config, run, parts)
     progress = grpo.train()
     if run.stop_reason != "interrupted":
+        grpo.watch.conclude(progress)
         with run.timer("save"):
             save_policy(parts.policy.backbone, parts.policy.adapter, run.folder / POLICY)
     return grpo.updates.trainer.step_count, progress.tokens

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from rlhf.algo.trainer import OptimizerConfig
 from rlhf.data.data_config import PromptDataConfig
+from rlhf.eval.hacking import HackingConfig
 from rlhf.infra.config import Config
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import RunConfig
@@ -124,6 +125,7 @@ class OnlineConfig(SamplingConfig):
     """What PPO and GRPO have besides: from scores to rewards, and how steps are made."""
 
     shaping: ShapingConfig = Field(default_factory=ShapingConfig, description="from score to reward")
+    hacking: HackingConfig = Field(default_factory=HackingConfig, description="signs that the reward is gamed")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its schedule")
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf.algo.kl import KLController
 from rlhf.algo.trainer import StepReport, Trainer
+from rlhf.eval.hacking import Look
 from rlhf.infra.checkpoint import Checkpoint
 from rlhf.infra.determinism import restore_rng_state, rng_state
 from rlhf.infra.experiment import Run
@@ -50,7 +51,7 @@ class Progress:
     `step` counts finished iterations, `prompts` the prompts drawn so far where an iteration draws as many as it needs
     (PPO's number is fixed: the step stands for it). `rollout` is what the inner epochs under way learn from, None
     between iterations, and `updates` are the optimizer steps made from it so far. `recompute`: log-probs of generation
-    were found far off.
+    were found far off. `looks`: what was seen so far of signs that the reward is gamed.
     """
 
     step: int
@@ -60,6 +61,7 @@ class Progress:
     prompts: int = 0
     first_length: float | None = None
     recompute: bool = False
+    looks: list[Look] = field(default_factory=list)
     rollout: Rollout | None = None
     updates: list[StepReport] = field(default_factory=list)
 
@@ -80,6 +82,7 @@ def save_state(run: Run, trainer: Trainer, progress: Progress) -> Path:
         "prompts": progress.prompts,
         "first_length": progress.first_length,
         "recompute": progress.recompute,
+        "looks": [look.to_json() for look in progress.looks],
     }
     if progress.rollout is not None:
         tensors["rollout"], state["rollout"] = _taken_apart(progress.rollout)
@@ -100,6 +103,7 @@ def load_state(checkpoint: Checkpoint, trainer: Trainer, progress: Progress, dev
     progress.tokens, progress.first_length = state["tokens"], state["first_length"]
     progress.prompts = state.get("prompts", 0)  # of a PPO run that was begun before these were counted
     progress.recompute = state["recompute"]
+    progress.looks = [Look.from_json(look) for look in state.get("looks", [])]
     if "rollout" in state:
         on_device = {name: tensor.to(device) for name, tensor in checkpoint.tensors("rollout").items()}
         progress.rollout = _put_together(on_device, state["rollout"])

@@ -34,6 +34,7 @@ from rlhf.recipes.ppo_config import PPOConfig
 from rlhf.recipes.rollouts import OnlineParts, Rollouts, announce_online, prepare_online
 from rlhf.recipes.stages import POLICY, save_policy
 from rlhf.recipes.updates import Updates, ratio_metrics
+from rlhf.recipes.watch import Watch
 from rlhf.rewards.protocol import Scores
 from rlhf.rewards.shaping import RunningMoments, ShapedScores, token_rewards
 from rlhf.rollout.trajectory import Experience, Trajectory
@@ -48,6 +49,7 @@ class PPO:
         self.rollouts = Rollouts(config, run, parts, self.timer)
         start = Progress(0, KLController.from_config(config.kl), RunningMoments())
         self.updates = Updates(config, run, parts.policy, self.timer, start)
+        self.watch = Watch(config, run, parts, self.rollouts)
         self.report = OnlineReport(run, self.timer)
 
     @property
@@ -73,6 +75,7 @@ class PPO:
                         shaped = self.rollouts.shape(trajectory, scores, self.progress.moments)
                         experience = self.estimate_advantages(trajectory, scores, shaped)
                         self.progress.rollout = Rollout(experience, scores, shaped)
+                        self.watch.look(self.progress, self.progress.rollout)
                     rollout, made = self.progress.rollout, self.progress.updates
                     self.update(rollout.experience)
                     self.updates.finish_iteration(rollout)
@@ -208,6 +211,7 @@ def train(config: PPOConfig, run: Run, parts: OnlineParts) -> tuple[int, int]:
     ppo = PPO(config, run, parts)
     progress = ppo.train()
     if run.stop_reason != "interrupted":
+        ppo.watch.conclude(progress)
         with run.timer("save"):
             save_policy(parts.policy.backbone, parts.policy.adapter, run.folder / POLICY)
     return ppo.updates.trainer.step_count, progress.tokens

@@ -44,6 +44,7 @@ class OnlineParts:
     """Models, reward and prompts, loaded and found usable; `report` says which rows became prompts.
 
     `reward` is None where a judge compares the answers instead.
+    `held_out` are prompts that are never learnt from.
     """
 
     policy: Policy
@@ -52,6 +53,7 @@ class OnlineParts:
     prompts: Sequence[PromptExample]
     encoder: ChatEncoder
     report: str = ""
+    held_out: Sequence[PromptExample] = ()
 
 
 def prepare_online(
@@ -66,7 +68,7 @@ def prepare_online(
     start = start_policy(config.policy, config.model, config.run, device, value_head, value_adapter, reference)
     backbone = start.policy.backbone
     encoder = ChatEncoder(backbone.tokenizer, config.data.system_prompt)
-    prompts, _ = PromptDataset.load(config.data, encoder, rejected_rows)
+    prompts, held_out = PromptDataset.load(config.data, encoder, rejected_rows)
     reward, notes = None, []
     if config.rewards:
         reward = build_reward(
@@ -85,7 +87,9 @@ def prepare_online(
             [start.policy.adapter, *([start.policy.value_adapter] if start.policy.value_adapter else [])]
         )
     report = "; ".join([str(prompts.report), *notes])
-    return OnlineParts(start.policy, start.reference, reward, prompts.examples, encoder, report)
+    return OnlineParts(
+        start.policy, start.reference, reward, prompts.examples, encoder, report, held_out.examples if held_out else ()
+    )
 
 
 def announce_online(config: SamplingConfig, run: Run, parts: OnlineParts) -> None:

@@ -18,6 +18,7 @@ from rlhf.algo.trainer import OptimizerConfig
 from rlhf.data.data_config import DataConfig, InstructionDataConfig, PromptDataConfig, SourceConfig, StepDataConfig
 from rlhf.data.tinychat.labeller import LabellerConfig
 from rlhf.eval.benchmarks import HarnessConfig
+from rlhf.eval.hacking import HackingConfig
 from rlhf.eval.suites import SuiteConfig
 from rlhf.infra.chat_api import ChatApiConfig
 from rlhf.infra.chat_budget import BudgetConfig
@@ -351,6 +352,21 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "overlong_penalty": [Changes("0.5", (".overlong_buffer=2",)), Refused("0.5", IDLE)],
         "repetition_penalty": [Changes("5", ("generation.temperature=0.001", "generation.max_new_tokens=12"))],
         "refusal_penalty": [Changes("5", ("policy={refuser}",))],
+    },
+    HackingConfig: {
+        "every": [Changes("1"), Changes("null")],
+        "action": [Changes("rollback"), Refused("stop", IDLE, (".every=null",))],
+        "num_held_out": [Changes("1", ("data.validation_fraction=0.5",)), Refused("8", IDLE, (".every=null",))],
+        "length": [Changes("0.1"), Changes("null"), Refused("0.1", IDLE, (".every=null",))],
+        "repetition": [Changes("0.3"), Refused("0.3", IDLE, (".every=null",))],
+        "formatting": [Changes("2"), Refused("2", IDLE, (".every=null",))],
+        "flattery": [Changes("0.3"), Refused("0.3", IDLE, (".every=null",))],
+        "refusal": [Changes("0.3"), Refused("0.3", IDLE, (".every=null",))],
+        "entropy": [Changes("0.5"), Refused("0.5", IDLE, (".every=null",))],
+        "kl": [Changes("5"), Refused("5", IDLE, (".every=null",))],
+        "held_out_gap": [Changes("1"), Refused("1", IDLE, (".every=null",))],
+        "disagreement": [Changes("2"), Refused("2", IDLE, (".every=null",))],
+        "gold": [Changes("0.1"), Refused("0.1", IDLE, (".every=null",))],
     },
     GRPOShapingConfig: {"normalise": [Changes("true")]},
     GRPOKLConfig: {
