@@ -496,6 +496,8 @@ def _say(run: Run) -> None:
     typer.echo(f"run: {run.folder} ({cost.get('seconds', 0):.1f} s)")
     if run.stop_reason == "max_minutes":
         typer.echo(f"the time budget is spent; go on with: {run.resume_command}")
+    if run.stop_reason == "reward_hacking":
+        typer.echo(f"stopped by a sign of reward hacking: see {run.folder / 'hacking.json'} and hacking.png")
 
 
 def _user(text: str) -> dict[str, str]:

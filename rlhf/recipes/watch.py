@@ -97,8 +97,8 @@ class Watch:
         spreads = [values for name, values in rollout.scores.details.items() if name.endswith("disagreement")]
         if spreads:
             found["disagreement"] = Mean.of([sum(row) / len(row) for row in zip(*spreads, strict=True)])
-        if self.config.data.is_tinychat:
-            examples = [self._examples[tuple(ids)] for ids in trajectory.prompts()]
+        examples = [self._examples[tuple(ids)] for ids in trajectory.prompts()]
+        if self.config.data.is_tinychat and all("task" in example.columns for example in examples):
             found["gold"] = Mean.of(_gold(examples, texts))
         if self.held_out:
             found["held_out_reward"] = Mean.of(self._score_held_out(step).returns)
