@@ -82,7 +82,14 @@ def leaning(prompts, firsts, seconds, **columns):
 SUBSETS = ("even", "odd")
 REFUSAL = "I cannot help with that."
 Observed = dict[str, Any]
-KEYS = [(recipe, key, case) for recipe, key, found in stage_keys() for case in found if not isinstance(case, Refused)]
+# What the harness's settings do is seen in test_harness.py, where the harness is installed.
+ELSEWHERE = "harness."
+KEYS = [
+    (recipe, key, case)
+    for recipe, key, found in stage_keys()
+    for case in found
+    if not isinstance(case, Refused) and not key.startswith(ELSEWHERE)
+]
 
 
 @pytest.fixture(scope="module")

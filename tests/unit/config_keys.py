@@ -142,6 +142,7 @@ RULES_ONLY, TWO_RULES = (f"rewards=[{TARGET}]",), (f"rewards=[{TARGET}, {LENGTH}
 SMALL_WORLD = (*TINYCHAT, "suite.num_ood=1", "suite.num_probes=1")
 # Suites bring their questions along: what the other cases say of data and prompts is taken back.
 SUITES = ("data.train_files=null", "suite.num_heldout=null", "suites=[preferences:{more}]")
+HARNESS = ("tax=[lm-eval:nothing]",)
 MODEL_REWARD = ("rewards=[{{name: model}}]", "reward_model={reward}")
 GATED = (".rule=gate", ".gate=target_string")
 ENSEMBLE_REWARD = ("rewards=[{{name: model}}]", "reward_model={ensemble}")
@@ -679,11 +680,11 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
             Refused("previous", IDLE, ("loss=simpo",)),
         ],
     },
-    # The harness need not be installed; what each key does is in tests/integration/test_harness.py.
+    # The harness need not be installed: what its keys do is seen in tests/integration/test_harness.py.
     HarnessConfig: {
-        "folder": [Refused("nowhere", IDLE)],
-        "num_shots": [Refused("2", IDLE)],
-        "chat_template": [Refused("true", IDLE)],
+        "folder": [Fails("nowhere", "lm-eval", HARNESS), Refused("nowhere", IDLE)],
+        "num_shots": [Fails("2", "lm-eval", HARNESS), Refused("2", IDLE)],
+        "chat_template": [Fails("true", "lm-eval", HARNESS), Refused("true", IDLE)],
     },
     EvaluateConfig: {
         "judges": [Changes("[{{kind: length}}]")],
