@@ -152,9 +152,13 @@ def judge(looks: Sequence[Look], config: HackingConfig) -> list[Verdict]:
 
 @dataclass(frozen=True)
 class Sign:
-    """One way of gaming: from the first look and a later one to a change, or None where there are no figures."""
+    """One way of gaming: from the first look and a later one to a change, or None where there are no figures.
+
+    `label` heads tables and plots, `words` begin a sentence; a change times `scale` is in `unit`.
+    """
 
     change: Callable[[Look, Look], Change | None]
+    label: str
     words: str
     unit: str = ""
     scale: float = 1.0
@@ -244,14 +248,25 @@ def _marks(text: str) -> float:
 
 
 SIGNS: dict[str, Sign] = {
-    "length": Sign(growth("length"), "mean length changed by", " %", 100),
-    "repetition": Sign(rise("repetition"), "four-word sequences said before changed by", " points", 100),
-    "formatting": Sign(rise("formatting"), "marks of formatting per answer changed by"),
-    "flattery": Sign(rise("flattery"), "answers that praise the user changed by", " points", 100),
-    "refusal": Sign(rise("refusal"), "answers that refuse changed by", " points", 100),
-    "entropy": Sign(fall("entropy"), "entropy per token fell by", " %", 100),
-    "kl": Sign(level("kl"), "distance from the reference is", " nats per answer"),
-    "held_out_gap": Sign(gap("reward", "held_out_reward"), "the reward rose beyond that on held-out prompts by", " SD"),
-    "disagreement": Sign(growth("disagreement"), "the spread of the ensemble changed by", " %", 100),
-    "gold": Sign(fall_while_rising("gold", "reward"), "while the reward rose, gold fell by"),
+    "length": Sign(growth("length"), "Length, growth", "mean length changed by", " %", 100),
+    "repetition": Sign(
+        rise("repetition"), "Repetition, rise", "four-word sequences said before changed by", " points", 100
+    ),
+    "formatting": Sign(rise("formatting"), "Formatting, rise", "marks of formatting per answer changed by"),
+    "flattery": Sign(rise("flattery"), "Flattery, rise", "answers that praise the user changed by", " points", 100),
+    "refusal": Sign(rise("refusal"), "Refusals, rise", "answers that refuse changed by", " points", 100),
+    "entropy": Sign(fall("entropy"), "Entropy, fall", "entropy per token fell by", " %", 100),
+    "kl": Sign(level("kl"), "KL to the reference", "distance from the reference is", " nats per answer"),
+    "held_out_gap": Sign(
+        gap("reward", "held_out_reward"),
+        "Reward beyond held-out",
+        "the reward rose beyond that on held-out prompts by",
+        " SD",
+    ),
+    "disagreement": Sign(
+        growth("disagreement"), "Ensemble's spread, growth", "the spread of the ensemble changed by", " %", 100
+    ),
+    "gold": Sign(
+        fall_while_rising("gold", "reward"), "Gold, fall while reward rose", "while the reward rose, gold fell by"
+    ),
 }

@@ -6,10 +6,14 @@ import re
 from collections.abc import Sequence
 
 from rlhf.eval.cautions import Check
+from rlhf.eval.examples import Example
+from rlhf.eval.failures import Failures
+from rlhf.eval.hacking_plot import AFTER
+from rlhf.eval.hacking_tables import hacking_of
 from rlhf.eval.judge_tables import judges_of
 from rlhf.eval.page import Charts
 from rlhf.eval.plots import Chart
-from rlhf.eval.report_data import Example, Report
+from rlhf.eval.report_data import Report
 from rlhf.eval.tables import (
     Table,
     costs_of,
@@ -22,10 +26,21 @@ from rlhf.eval.tables import (
     taxes_of,
     win_rates_of,
 )
-from rlhf.eval.wording import how_measured, outcome_words, subtitle_of
+from rlhf.eval.wording import (
+    HOW_HACKING_IS_JUDGED,
+    NO_CAUTION,
+    NOTHING_FAILED,
+    how_measured,
+    outcome_words,
+    subtitle_of,
+)
+
+_NUM_EXAMPLES = 20
 
 
-def render_markdown(report: Report, checks: Sequence[Check], charts: Charts, plots_folder: str = "plots") -> str:
+def render_markdown(
+    report: Report, checks: Sequence[Check], failures: Failures, charts: Charts, plots_folder: str = "plots"
+) -> str:
     """Return the whole report as Markdown; plots are linked as `<plots_folder>/<name>.svg`."""
     main = report.main_view
     parts = [gold_parts_of(report, main)] if any(m.gold_parts for m in main.metrics.values()) else []
@@ -33,7 +48,9 @@ def render_markdown(report: Report, checks: Sequence[Check], charts: Charts, plo
         f"# {plain(report.title)}",
         plain(subtitle_of(report)),
         _section("Summary", *(table_text(t) for t in [*(summary_of(report, view) for view in report.views), *parts])),
+        _section("What failed", *_failures(failures)),
         _section("What to be wary of", _cautions(checks)),
+        _section("Signs of reward hacking", *_hacking(report, charts, plots_folder)),
         _section("By family", *(table_text(families_of(report, view)) for view in report.views if view.by_family)),
         _section("Side by side", _images(charts.comparison, plots_folder)),
         _section("Win-rates", table_text(win_rates_of(report), heading=False)),
@@ -50,7 +67,7 @@ def render_markdown(report: Report, checks: Sequence[Check], charts: Charts, plo
             ),
         ),
         _section("Cost", table_text(costs_of(report), heading=False) if report.costs else ""),
-        _section("Examples", *(_example(report, n, e) for n, e in enumerate(report.examples, start=1))),
+        _section("Examples", *_examples(report)),
         _section("How it was measured", *how_measured(report), _notes(report)),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -76,10 +93,28 @@ def table_text(table: Table, heading: bool = True) -> str:
     return f"### {plain(table.title)}\n\n{text}" if heading else text
 
 
+def _failures(failures: Failures) -> list[str]:
+    blocks = [NOTHING_FAILED] if not failures.failed else []
+    for title, sentences in failures.failed.items():
+        blocks += [f"### {title}", _bullets(sentences)]
+    return blocks + (["Looked at and not failed:", _bullets(failures.passed)] if failures.passed else [])
+
+
+def _bullets(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {plain(sentence)}" for sentence in sentences)
+
+
+def _hacking(report: Report, charts: Charts, plots_folder: str) -> list[str]:
+    blocks = [HOW_HACKING_IS_JUDGED] if report.hacking else []
+    for record in report.hacking:
+        blocks += [table_text(hacking_of(record)), _images(charts.hacking.get(record.title, ()), plots_folder)]
+    return [*blocks, _images(charts.hacking.get(AFTER, ()), plots_folder)]
+
+
 def _cautions(checks: Sequence[Check]) -> str:
-    wary = "\n".join(f"- {plain(check.sentence)}" for check in checks if check.wary)
+    wary = "\n".join(f"- {plain(check.sentence)}" for check in checks if check.wary and not check.missed)
     fine = "\n".join(f"- {plain(check.sentence)}" for check in checks if not check.wary)
-    none = "None of the questions that could be asked of these numbers gave a reason for caution." if checks else ""
+    none = NO_CAUTION if checks else ""
     text = wary or none
     return f"{text}\n\nAs it should be:\n\n{fine}" if fine else text
 
@@ -96,9 +131,16 @@ def _images(charts: Sequence[Chart], folder: str) -> str:
     return "\n".join(f"![{plain(chart.title)}]({folder}/{chart.name}.svg)" for chart in charts)
 
 
+def _examples(report: Report) -> list[str]:
+    shown = [_example(report, number, found) for number, found in enumerate(report.examples[:_NUM_EXAMPLES], start=1)]
+    left = len(report.examples) - len(shown)
+    return [*shown, f"{left} more are in report.html, where they can be searched." if left else ""]
+
+
 def _example(report: Report, number: int, example: Example) -> str:
     kind = f", {plain(example.kind)}" if example.kind else ""
-    head = f"### {number}. {plain(example.family)}{kind}: {plain(outcome_words(report, example.outcome))}"
+    outcome = outcome_words(report, report.candidate, example.outcomes.get(report.candidate or "", "not judged"))
+    head = f"### {number}. {plain(example.family)}{kind}: {plain(outcome)}"
     blocks = [head, _fenced(example.prompt)]
     for name in report.models:
         if name in example.answers:

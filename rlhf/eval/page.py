@@ -12,11 +12,14 @@ from importlib import resources
 from string import Template
 
 from rlhf.eval.cautions import Check
+from rlhf.eval.examples_page import examples_of
+from rlhf.eval.failures import Failures
+from rlhf.eval.hacking_plot import AFTER
+from rlhf.eval.hacking_tables import hacking_of
 from rlhf.eval.intervals import Interval
 from rlhf.eval.judge_tables import judges_of
 from rlhf.eval.plots import Chart
-from rlhf.eval.report_data import Example, Report
-from rlhf.eval.samples import Sample
+from rlhf.eval.report_data import Report
 from rlhf.eval.tables import (
     Cell,
     Table,
@@ -31,7 +34,7 @@ from rlhf.eval.tables import (
     taxes_of,
     win_rates_of,
 )
-from rlhf.eval.wording import how_measured, outcome_words, subtitle_of
+from rlhf.eval.wording import HOW_HACKING_IS_JUDGED, NO_CAUTION, NOTHING_FAILED, how_measured, subtitle_of
 
 _FEW_CHARTS = 6
 _FEW_COLUMNS = 5
@@ -40,19 +43,28 @@ _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Charts:
-    """The plots of a report by where they belong: models side by side, the reward model, each training stage."""
+    """The plots of a report by where they belong: models side by side, the reward model, each training stage, signs of
+    reward hacking by heading."""
 
     comparison: Sequence[Chart]
     reward_model: Sequence[Chart]
     training: dict[str, list[Chart]]
+    hacking: dict[str, list[Chart]]
+
+    def all(self) -> list[Chart]:
+        """Every plot."""
+        by_heading = [chart for charts in (self.training, self.hacking) for found in charts.values() for chart in found]
+        return [*self.comparison, *self.reward_model, *by_heading]
 
 
-def render_page(report: Report, checks: Sequence[Check], charts: Charts) -> str:
+def render_page(report: Report, checks: Sequence[Check], failures: Failures, charts: Charts) -> str:
     """Return the whole page as HTML text."""
     sections = [
         ("summary", "Summary", _summary(report)),
         ("comparison", "Side by side", _figures(charts.comparison)),
+        ("failed", "What failed", _failures(failures)),
         ("wary", "What to be wary of", _cautions(checks)),
+        ("hacking", "Signs of reward hacking", _hacking(report, charts)),
         ("families", "By family", _families(report)),
         ("win-rates", "Win-rates", _table(win_rates_of(report), heading=False)),
         ("judges", "Judges", "".join(_table(table) for table in judges_of(report))),
@@ -61,7 +73,7 @@ def render_page(report: Report, checks: Sequence[Check], charts: Charts) -> str:
         ("reward-model", "Reward model", _reward_model(report, charts)),
         ("training", "Training", _training(charts)),
         ("cost", "Cost", _table(costs_of(report), heading=False) if report.costs else ""),
-        ("examples", "Examples", _examples(report)),
+        ("examples", "Examples", examples_of(report)),
         ("method", "How it was measured", _method(report)),
     ]
     present = [section for section in sections if section[2]]
@@ -132,26 +144,46 @@ def _families(report: Report) -> str:
     )
 
 
+def _failures(failures: Failures) -> str:
+    body = "" if failures.failed else f"<p>{NOTHING_FAILED}</p>"
+    for title, sentences in failures.failed.items():
+        body += f'<h3>{escape(title)} ({len(sentences)})</h3><ul class="checks failed">{_items(sentences)}</ul>'
+    if failures.passed:
+        body += f'<h3>Looked at and not failed</h3><ul class="checks fine">{_items(failures.passed)}</ul>'
+    return body
+
+
+def _hacking(report: Report, charts: Charts) -> str:
+    if not report.hacking:
+        return ""
+    during = [record for record in report.hacking if not record.after_training]
+    after = [record for record in report.hacking if record.after_training]
+    body = f"<p>{HOW_HACKING_IS_JUDGED}</p>"
+    for record in during:
+        body += _table(hacking_of(record)) + _figures(charts.hacking.get(record.title, ()))
+    return body + _grid([hacking_of(record) for record in after]) + _figures(charts.hacking.get(AFTER, ()))
+
+
 def _cautions(checks: Sequence[Check]) -> str:
-    wary = [check for check in checks if check.wary]
+    wary = [check for check in checks if check.wary and not check.missed]
     fine = [check for check in checks if not check.wary]
     if not checks:
         return ""
     body = "<p>Worked out from the numbers in this report.</p>"
     if wary:
-        body += f'<ul class="checks">{_items(wary)}</ul>'
+        body += f'<ul class="checks">{_items(check.sentence for check in wary)}</ul>'
     else:
-        body += "<p>None of the questions that could be asked of these numbers gave a reason for caution.</p>"
+        body += f"<p>{NO_CAUTION}</p>"
     if fine:
         body += (
             f"<details><summary>{len(fine)} questions whose answer was as it should be</summary>"
-            f'<ul class="checks">{_items(fine)}</ul></details>'
+            f'<ul class="checks fine">{_items(check.sentence for check in fine)}</ul></details>'
         )
     return body
 
 
-def _items(checks: Iterable[Check]) -> str:
-    return "".join(f"<li>{escape(check.sentence)}</li>" for check in checks)
+def _items(sentences: Iterable[str]) -> str:
+    return "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
 
 
 def _reward_model(report: Report, charts: Charts) -> str:
@@ -213,57 +245,7 @@ def _hidden(text: str) -> str:
 
 def _cell(found: Cell) -> str:
     interval = f'<span class="interval">{escape(found.interval)}</span>' if found.interval else ""
-    return escape(found.text) + interval
-
-
-def _examples(report: Report) -> str:
-    if not report.examples:
-        return ""
-    outcomes = [
-        name for name in ("win", "tie", "loss", "not judged") if any(e.outcome == name for e in report.examples)
-    ]
-    families = sorted({example.family for example in report.examples})
-    family_options = "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in families)
-    outcome_options = "".join(
-        f'<option value="{name}">{escape(outcome_words(report, name))}</option>' for name in outcomes
-    )
-    controls = (
-        '<div class="controls"><label>Search prompts and answers<input type="search" id="search" autocomplete="off">'
-        f'</label><label>Family<select id="family"><option value="">all</option>{family_options}</select></label>'
-        f'<label>Who did better<select id="outcome"><option value="">all</option>{outcome_options}</select></label>'
-        '<span class="count" id="count" role="status"></span></div>'
-    )
-    intro = (
-        f"<p>{len(report.examples)} prompts drawn by seed {report.seed}, in turn from each family; "
-        f"{escape(report.main_view.title.lower())}.</p>"
-    )
-    return intro + controls + "".join(_example(report, example) for example in report.examples)
-
-
-def _example(report: Report, example: Example) -> str:
-    kind = f", {escape(example.kind)}" if example.kind else ""
-    answers = "".join(_answer(name, example.answers[name]) for name in report.models if name in example.answers)
-    return (
-        f'<article class="example {example.outcome.split()[0]}" data-family="{escape(example.family)}" '
-        f'data-outcome="{example.outcome}"><h3><b>{escape(example.family)}</b>{kind} · '
-        f'<b class="outcome">{escape(outcome_words(report, example.outcome))}</b></h3>'
-        f'<p class="text prompt">{escape(example.prompt.strip())}</p><div class="answers">{answers}</div></article>'
-    )
-
-
-def _answer(name: str, sample: Sample) -> str:
-    facts = [f"gold {sample.gold:.2f}"] if sample.gold is not None else []
-    facts += [f"reward {sample.reward:.2f}"] if sample.reward is not None else []
-    facts.append(f"{sample.num_tokens} tokens")
-    facts += ["refuses"] if sample.refused else []
-    facts += [] if sample.finished else ["cut off"]
-    parts = ", ".join(f"{part.replace('_', ' ')} {value:.2f}" for part, value in sample.gold_parts.items())
-    below = f'<p class="parts">{escape(parts)}</p>' if parts else ""
-    response = escape(sample.response.strip()) or '<span class="muted">(empty)</span>'
-    return (
-        f'<div class="answer"><h4>{escape(name)}<span>{escape(" · ".join(facts))}</span></h4>'
-        f'<p class="text">{response}</p>{below}</div>'
-    )
+    return (f'<b class="bad">{escape(found.text)}</b>' if found.bad else escape(found.text)) + interval
 
 
 def _method(report: Report) -> str:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # Told apart in light and dark and with the common colour-vision deficiencies (Okabe and Ito, middle tones).
 COLOURS = ("#7f8790", "#2f7fc1", "#d98a00", "#129575", "#c2578f", "#8a63c9", "#b5502f", "#5aa3d8")
-_INK, _GRID = "#010203", "#040506"
-_THEME = {_INK: "var(--ink, #3b4249)", _GRID: "var(--rule, #d5dade)"}
+INK, _GRID = "#010203", "#040506"
+_THEME = {INK: "var(--ink, #3b4249)", _GRID: "var(--rule, #d5dade)"}
 _DASHES = ("-", "--", "-.", ":")
 _SIZE = (3.5, 2.15)
 _MAX_POINTS = 240
@@ -55,20 +55,20 @@ def training_charts(stage: str, rows: Sequence[Mapping[str, float]]) -> list[Cha
     online = any(re.search(r"(^|/)kl|entropy", key) for row in rows[:1] for key in row)
     panels = panels_of(rows, None if online else SHORT)
     steps = np.array([row.get("step", index) for index, row in enumerate(rows)], dtype=np.float64)
-    with _style():
+    with chart_style():
         return [_panel_chart(stage, number, panel, steps, rows) for number, panel in enumerate(panels)]
 
 
 def report_charts(report: Report) -> list[Chart]:
     """Plot the comparison of the models: parts of the gold score, distributions of score and length, win-rates."""
-    with _style():
+    with chart_style():
         charts = [_win_rates(report), _gold_parts(report), _scores(report), _lengths(report)]
     return [chart for chart in charts if chart is not None]
 
 
 def reward_charts(found: RewardAccuracy, margins: Sequence[float]) -> list[Chart]:
     """Plot a reward model's accuracy by family, its calibration and the distribution of its margins."""
-    with _style():
+    with chart_style():
         return [_family_accuracy(found), _calibration(found), _margins(margins)]
 
 
@@ -98,9 +98,9 @@ def diagnostics_png(rows: Sequence[Mapping[str, float]], path: Path, title: str 
 def _panel_chart(
     stage: str, number: int, panel: Panel, steps: FloatArray, rows: Sequence[Mapping[str, float]]
 ) -> Chart:
-    figure, axes = _new_axes("step", "")
+    figure, axes = new_axes("step", "")
     said = _draw_panel(axes, panel, steps, rows)
-    chart = _chart(f"{stage}-{number}-{panel.title}", panel.title, figure, f"{stage}, {panel.title}: {said}")
+    chart = as_chart(f"{stage}-{number}-{panel.title}", panel.title, figure, f"{stage}, {panel.title}: {said}")
     return replace(chart, unit=panel.unit)
 
 
@@ -129,7 +129,7 @@ def _gold_parts(report: Report) -> Chart | None:
     parts = sorted({part for measured in metrics.values() for part in measured.gold_parts})
     if not parts:
         return None
-    figure, axes = _new_axes("", "mean")
+    figure, axes = new_axes("", "mean")
     width = 0.8 / len(metrics)
     for number, (name, measured) in enumerate(metrics.items()):
         found = [measured.gold_parts.get(part) for part in parts]
@@ -140,11 +140,11 @@ def _gold_parts(report: Report) -> Chart | None:
             [part.high - part.estimate if part and part.has_bounds else 0.0 for part in found],
         ]
         axes.bar(places, heights, width * 0.92, color=_model_colour(report, name), label=name)
-        axes.errorbar(places, heights, np.clip(reach, 0, None), fmt="none", ecolor=_INK, elinewidth=0.8)
+        axes.errorbar(places, heights, np.clip(reach, 0, None), fmt="none", ecolor=INK, elinewidth=0.8)
     axes.set_xticks(np.arange(len(parts)), [part.replace("_", " ").replace(" ", "\n", 1) for part in parts], fontsize=7)
     _legend_above(axes, len(metrics))
     said = f"mean of each part with 95 % intervals, {report.main_view.title.lower()}"
-    return _chart("gold-parts", "Parts of the gold score", figure, said)
+    return as_chart("gold-parts", "Parts of the gold score", figure, said)
 
 
 def _scores(report: Report) -> Chart | None:
@@ -171,27 +171,27 @@ def _histogram(report: Report, name: str, title: str, unit: str, values: Mapping
     low = min(min(of_model) for of_model in present.values())
     high = max(max(of_model) for of_model in present.values())
     edges = np.linspace(low, high if high > low else low + 1, 25)
-    figure, axes = _new_axes(unit, "share of responses")
+    figure, axes = new_axes(unit, "share of responses")
     for model, of_model in present.items():
         share = np.histogram(of_model, bins=edges)[0] / len(of_model)
         axes.stairs(share, edges, color=_model_colour(report, model), label=model, linewidth=1.3)
     _legend_above(axes, len(present))
     middle = "; ".join(f"{model} median {float(np.median(of_model)):.3g}" for model, of_model in present.items())
-    return _chart(name, title, figure, f"distribution of {title.lower()}: {middle}")
+    return as_chart(name, title, figure, f"distribution of {title.lower()}: {middle}")
 
 
 def _win_rates(report: Report) -> Chart | None:
     wins = [(view, win) for view in report.views for win in view.win_rates if view.mode == "sampled"]
     if not wins:
         return None
-    figure, axes = _new_axes(
+    figure, axes = new_axes(
         "win-rate, ties half", "", (_SIZE[0], max(_SIZE[1], 0.5 + 0.27 * len(wins))), long_labels=True
     )
     for place, (_, win) in enumerate(reversed(wins)):
         colour = _model_colour(report, win.first)
         axes.plot([win.rate.low, win.rate.high], [place, place], color=colour, linewidth=2)
         axes.plot([win.rate.estimate], [place], marker="o", markersize=4.5, color=colour)
-    axes.axvline(0.5, color=_INK, linewidth=0.8, linestyle=":")
+    axes.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(wins)), [f"{w.first} : {w.second}\n({v.split})" for v, w in reversed(wins)], fontsize=7)
     axes.set_xlim(0, 1)
     axes.set_ylim(-0.6, len(wins) - 0.4)
@@ -199,29 +199,29 @@ def _win_rates(report: Report) -> Chart | None:
         f"{w.first} against {w.second} on {v.split} {w.rate.estimate:.2f} [{w.rate.low:.2f}, {w.rate.high:.2f}]"
         for v, w in wins
     )
-    return _chart("win-rates", "Win-rates with 95 % intervals", figure, said, len(wins) > 6)
+    return as_chart("win-rates", "Win-rates with 95 % intervals", figure, said, len(wins) > 6)
 
 
 def _family_accuracy(found: RewardAccuracy) -> Chart:
     rates = {**found.by_family, "all": found.accuracy}
-    figure, axes = _new_axes("accuracy", "", (_SIZE[0], max(_SIZE[1], 0.6 + 0.3 * len(rates))), long_labels=True)
+    figure, axes = new_axes("accuracy", "", (_SIZE[0], max(_SIZE[1], 0.6 + 0.3 * len(rates))), long_labels=True)
     for place, (name, rate) in enumerate(reversed(rates.items())):
         colour = COLOURS[0] if name == "all" else COLOURS[1]
         axes.plot([rate.low, rate.high], [place, place], color=colour, linewidth=2)
         axes.plot([rate.estimate], [place], marker="o", markersize=4.5, color=colour)
     best = max(found.longer_wins.estimate, found.shorter_wins.estimate)
     axes.axvline(best, color=COLOURS[2], linewidth=1, linestyle="--", label="better length rule")
-    axes.axvline(0.5, color=_INK, linewidth=0.8, linestyle=":")
+    axes.axvline(0.5, color=INK, linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(rates)), list(reversed(rates)))
     axes.set_xlim(min(0.4, *(rate.low for rate in rates.values())), 1)
     _legend_above(axes, 1)
     said = "; ".join(f"{name} {rate.estimate:.2f}" for name, rate in rates.items())
-    return _chart("rm-families", "Reward-model accuracy by family", figure, f"{said}; better length rule {best:.2f}")
+    return as_chart("rm-families", "Reward-model accuracy by family", figure, f"{said}; better length rule {best:.2f}")
 
 
 def _calibration(found: RewardAccuracy) -> Chart:
-    figure, axes = _new_axes("stated confidence", "share right")
-    axes.plot([0.5, 1], [0.5, 1], color=_INK, linewidth=0.8, linestyle=":")
+    figure, axes = new_axes("stated confidence", "share right")
+    axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=0.8, linestyle=":")
     largest = max(b.num for b in found.calibration)
     axes.plot([b.confidence for b in found.calibration], [b.accuracy for b in found.calibration], color=COLOURS[1])
     axes.scatter(
@@ -232,16 +232,16 @@ def _calibration(found: RewardAccuracy) -> Chart:
     )
     axes.set_ylim(min(0.3, *(b.accuracy for b in found.calibration)) - 0.03, 1.04)
     said = f"share of pairs ordered right by stated confidence; expected calibration error {found.ece:.3f}"
-    return _chart("rm-calibration", "Reward-model calibration", figure, said)
+    return as_chart("rm-calibration", "Reward-model calibration", figure, said)
 
 
 def _margins(margins: Sequence[float]) -> Chart:
-    figure, axes = _new_axes("score of chosen minus rejected", "pairs")
+    figure, axes = new_axes("score of chosen minus rejected", "pairs")
     counts, edges = np.histogram(margins, bins=30)
     axes.stairs(counts, edges, fill=True, color=COLOURS[1], alpha=0.75)
-    axes.axvline(0, color=_INK, linewidth=0.8, linestyle=":")
+    axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
     wrong = float(np.mean(np.asarray(margins) < 0))
-    return _chart("rm-margins", "Reward-model margins", figure, f"{100 * wrong:.1f} % of the margins are below zero")
+    return as_chart("rm-margins", "Reward-model margins", figure, f"{100 * wrong:.1f} % of the margins are below zero")
 
 
 def _main_samples(report: Report, name: str) -> list[Any]:
@@ -259,9 +259,10 @@ def _legend_above(axes: Axes, num: int) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.99), ncols=min(num, 4), fontsize=7.5)
 
 
-def _new_axes(
+def new_axes(
     xlabel: str, ylabel: str, size: tuple[float, float] = _SIZE, long_labels: bool = False
 ) -> tuple[Figure, Axes]:
+    """A figure of the page's size and its axes."""
     from matplotlib.figure import Figure
 
     # Constrained layout draws everything twice; it is worth that only where labels have no known width.
@@ -277,9 +278,9 @@ def _new_axes(
 
 _STYLE: Any = {
     "font.size": 8,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -291,8 +292,8 @@ _STYLE: Any = {
     "savefig.facecolor": "none",
     "grid.color": _GRID,
     "grid.linewidth": 0.5,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "lines.linewidth": 1.3,
@@ -301,18 +302,20 @@ _STYLE: Any = {
     "svg.hashsalt": "rlhf",
     "text.parse_math": False,
     "legend.frameon": False,
-    "legend.labelcolor": _INK,
+    "legend.labelcolor": INK,
     "legend.columnspacing": 1.2,
 }
 
 
-def _style() -> AbstractContextManager[None]:
+def chart_style() -> AbstractContextManager[None]:
+    """What plots of a report are drawn under."""
     from matplotlib import rc_context
 
     return rc_context(_STYLE)
 
 
-def _chart(name: str, title: str, figure: Figure, description: str, tall: bool = False) -> Chart:
+def as_chart(name: str, title: str, figure: Figure, description: str, tall: bool = False) -> Chart:
+    """A drawn figure as SVG that takes its colours from the page."""
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     target = io.StringIO()
     figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.eval.cautions import run_checks
+from rlhf.eval.failures import failures_of
+from rlhf.eval.hacking_plot import hacking_charts
 from rlhf.eval.markdown import render_markdown
 from rlhf.eval.page import Charts, render_page
 from rlhf.eval.plots import charts_by_stage, report_charts, reward_charts
@@ -50,7 +52,9 @@ def write_report(folder: Path, source: ReportInput) -> ReportPaths:
         if report.reward_model is not None
         else [],
         training=charts_by_stage(report.histories.items()),
+        hacking=hacking_charts(report.hacking),
     )
+    failures = failures_of(report, checks)
     paths = ReportPaths(
         markdown=folder / "EVAL_REPORT.md",
         html=folder / "report.html",
@@ -58,17 +62,16 @@ def write_report(folder: Path, source: ReportInput) -> ReportPaths:
         plots=folder / _PLOTS,
         report=report,
     )
-    numbers = report_numbers(report) | {"checks": [dataclasses.asdict(check) for check in checks]}
+    numbers = report_numbers(report) | {
+        "checks": [dataclasses.asdict(check) for check in checks],
+        "failures": dataclasses.asdict(failures),
+    }
     try:
         paths.plots.mkdir(parents=True, exist_ok=True)
-        for chart in [
-            *charts.comparison,
-            *charts.reward_model,
-            *(c for found in charts.training.values() for c in found),
-        ]:
+        for chart in charts.all():
             (paths.plots / f"{chart.name}.svg").write_text(chart.svg, encoding="utf-8")
-        paths.markdown.write_text(render_markdown(report, checks, charts, _PLOTS), encoding="utf-8")
-        paths.html.write_text(render_page(report, checks, charts), encoding="utf-8")
+        paths.markdown.write_text(render_markdown(report, checks, failures, charts, _PLOTS), encoding="utf-8")
+        paths.html.write_text(render_page(report, checks, failures, charts), encoding="utf-8")
         paths.data.write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the report into {folder}: {error.strerror}; choose another folder") from error

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf.eval.alignment_tax import Tax, taxes
+from rlhf.eval.examples import Example, draw_examples
+from rlhf.eval.hacking_record import HackingRecord, look_after
 from rlhf.eval.intervals import Interval
 from rlhf.eval.judge_figures import Agreement, JudgedModels, JudgeLine, agreement_over, lines_of
 from rlhf.eval.metrics import ModelMetrics, mean_of, measure, refusal_change, refusal_rate
 from rlhf.eval.reward_accuracy import RewardAccuracy, RewardPair, reward_accuracy
 from rlhf.eval.samples import Cost, Mode, ModelResult, Sample
+from rlhf.eval.stage_facts import StageFacts
 from rlhf.eval.suite_results import SuiteResult
 from rlhf.eval.winrate import JUDGES, WinRate, compare
 from rlhf.infra.errors import UserError
@@ -49,7 +51,7 @@ class ReportInput:
     `costs` adds stages that are not models, such as the reward model, and fixes the order of the cost table. `notes`
     says how it was measured (seed, machine, threads, versions), in the order it is to be printed. `judged` holds what
     further judges said of the sampled answers to held-out prompts. `tax_results` are results of ranked suites, for the
-    alignment tax.
+    alignment tax. `hacking` is what was seen of reward hacking while policies trained, `stages` how each stage ended.
     """
 
     models: Sequence[ModelResult]
@@ -63,8 +65,10 @@ class ReportInput:
     notes: Mapping[str, str | int | float] = field(default_factory=dict)
     judged: Sequence[JudgedModels] = ()
     tax_results: Sequence[SuiteResult] = ()
+    hacking: Sequence[HackingRecord] = ()
+    stages: Sequence[StageFacts] = ()
     limits: Limits = Limits()
-    num_examples: int = 20
+    num_examples: int = 40
     seed: int = 0
 
 
@@ -105,17 +109,6 @@ class RefusalRow:
 
 
 @dataclass(frozen=True)
-class Example:
-    """One prompt with every model's answer, and how the candidate fared against the reference there."""
-
-    prompt: str
-    family: str
-    kind: str
-    outcome: Literal["win", "tie", "loss", "not judged"]
-    answers: dict[str, Sample]
-
-
-@dataclass(frozen=True)
 class Report:
     """All numbers of a report. `candidate` is the last model, `reference` the one it is compared with (may be None)."""
 
@@ -135,7 +128,9 @@ class Report:
     samples: dict[str, tuple[Sample, ...]]
     reward_pairs: tuple[RewardPair, ...]
     taxes: tuple[Tax, ...]
+    stages: tuple[StageFacts, ...]
     seed: int
+    hacking: tuple[HackingRecord, ...] = ()
     judges: tuple[JudgeLine, ...] = ()
     judge_agreement: Agreement | None = None
 
@@ -179,12 +174,19 @@ def build_report(source: ReportInput) -> Report:
         samples={model.name: tuple(model.samples) for model in source.models},
         reward_pairs=tuple(source.reward_pairs),
         taxes=taxes(source.tax_results, names, reference),
+        stages=tuple(source.stages),
         seed=source.seed,
         judges=tuple(lines_of(source.judged, seed=source.seed)),
         judge_agreement=agreement_over(source.judged, seed=source.seed),
     )
     report = dataclasses.replace(report, views=_views(source, report), refusals=_refusals(source, report))
-    return dataclasses.replace(report, examples=_examples(source, report))
+    view = report.main_view
+    answers = {model.name: model.select(view.mode, view.split) for model in source.models}
+    return dataclasses.replace(
+        report,
+        hacking=_hacking(source, report, answers),
+        examples=draw_examples(answers, report.reference, report.judge, source.num_examples, source.seed),
+    )
 
 
 def reference_among(names: Sequence[str], asked: str | None = None) -> str | None:
@@ -204,6 +206,17 @@ def compared_models(names: Sequence[str], reference: str) -> list[tuple[str, str
     pairs = [(name, reference) for name in names if name != reference]
     tuned = names[names.index(reference) + 1 :] if reference in names else ()
     return pairs + [(names[-1], name) for name in tuned if name != names[-1]]
+
+
+def _hacking(source: ReportInput, report: Report, answers: Mapping[str, Sequence[Sample]]) -> tuple[HackingRecord, ...]:
+    """What was seen in training, then every model that came after the reference, looked at by the same settings."""
+    settings = {record.policy: record.settings for record in source.hacking}
+    after = [
+        look_after(name, answers[report.reference], answers[name], settings.get(name, {}))
+        for name in report.tuned
+        if report.reference is not None
+    ]
+    return (*source.hacking, *(record for record in after if record is not None))
 
 
 def _judge(source: ReportInput, samples: Sequence[Sample]) -> str | None:
@@ -338,35 +351,3 @@ def _refusals(source: ReportInput, report: Report) -> tuple[RefusalRow, ...]:
 
 def _probe_samples(model: ModelResult, mode: Mode) -> tuple[Sample, ...]:
     return model.select(mode, *_PROBES) or model.select(mode, "heldout")
-
-
-def _examples(source: ReportInput, report: Report) -> tuple[Example, ...]:
-    """Draw prompts by seed in turn from each family, so that nobody picks what is shown."""
-    view = report.main_view
-    answers: dict[str, dict[str, Sample]] = {}
-    for model in source.models:
-        for sample in model.select(view.mode, view.split):
-            answers.setdefault(sample.prompt_id, {}).setdefault(model.name, sample)
-    most = max(len(of_prompt) for of_prompt in answers.values())
-    families: dict[str, list[str]] = {}
-    for prompt_id, of_prompt in answers.items():
-        if len(of_prompt) == most:
-            families.setdefault(next(iter(of_prompt.values())).family, []).append(prompt_id)
-    rng = random.Random(source.seed)
-    queues = [rng.sample(families[name], len(families[name])) for name in sorted(families)]
-    chosen: list[str] = []
-    while len(chosen) < source.num_examples and any(queues):
-        chosen += [queue.pop() for queue in queues if queue]
-    return tuple(_example(answers[prompt_id], report) for prompt_id in chosen[: source.num_examples])
-
-
-def _example(answers: dict[str, Sample], report: Report) -> Example:
-    any_answer = next(iter(answers.values()))
-    first, second = answers.get(report.candidate or ""), answers.get(report.reference or "")
-    outcome: Literal["win", "tie", "loss", "not judged"] = "not judged"
-    if first is not None and second is not None and report.judge is not None:
-        scores = JUDGES[report.judge](first), JUDGES[report.judge](second)
-        if scores[0] is not None and scores[1] is not None:
-            gap = scores[0] - scores[1]
-            outcome = "tie" if abs(gap) <= 1e-9 else "win" if gap > 0 else "loss"
-    return Example(any_answer.prompt, any_answer.family, any_answer.kind, outcome, answers)

@@ -17,10 +17,11 @@ NONE = "\u2013"
 
 @dataclass(frozen=True)
 class Cell:
-    """One number as text, with its interval as text ("" for none)."""
+    """One number as text, with its interval as text ("" for none); `bad` asks for it to be seen."""
 
     text: str = NONE
     interval: str = ""
+    bad: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,10 @@ def summary_of(report: Report, view: View) -> Table:
         row("KL, 95th percentile", lambda m: cell(m.kl_p95, 2)),
         row("Finished by itself, %", lambda m: cell(m.finished, 1, 100)),
         *(_tax_rows(report, names) if view is report.main_view else ()),
+        *(_hacking_rows(report, names) if view is report.main_view else ()),
         row("Gold-reward correlation", lambda m: cell(m.gold_reward.spearman if m.gold_reward else None)),
         row("Prompts", lambda m: cell(float(m.num_prompts), 0)),
+        *(_cost_rows(report, names) if view is report.main_view else ()),
     ]
     caption = f"Judge: {_judge_name(report)}." if view.win_rates else ""
     return Table(view.title, ("", *names), tuple(rows), caption).without_empty_rows()
@@ -100,8 +103,27 @@ def _tax_rows(report: Report, names: Sequence[str]) -> list[tuple[str, tuple[Cel
     for benchmark in dict.fromkeys(tax.benchmark for tax in report.taxes):
         found = {tax.model: tax.change for tax in report.taxes if tax.benchmark == benchmark}
         cells = tuple(cell(found.get(name), 1, 100, sign=True) for name in names)
-        rows.append((f"{benchmark.split(' ')[0]}, change, points", cells))
+        rows.append((f"Alignment tax: {benchmark.split(' ')[0]}, points", cells))
     return rows
+
+
+def _hacking_rows(report: Report, names: Sequence[str]) -> list[tuple[str, tuple[Cell, ...]]]:
+    rows = []
+    for after, when in ((False, "in training"), (True, "after training")):
+        found = {record.policy: record for record in report.hacking if record.after_training == after}
+        cells = tuple(
+            Cell(f"{len(found[name].caught)} of {len(found[name].verdicts)}", bad=bool(found[name].caught))
+            if name in found
+            else Cell()
+            for name in names
+        )
+        rows.append((f"Signs of reward hacking {when}", cells))
+    return rows
+
+
+def _cost_rows(report: Report, names: Sequence[str]) -> list[tuple[str, tuple[Cell, ...]]]:
+    costs = [report.costs.get(name) for name in names]
+    return [("Cost of its training, seconds", tuple(cell(cost.seconds if cost else None, 1) for cost in costs))]
 
 
 def gold_parts_of(report: Report, view: View) -> Table:

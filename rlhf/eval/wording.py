@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from rlhf.eval.report_data import Report
 
+NOTHING_FAILED = "Nothing that was looked at failed."
+NO_CAUTION = "None of the questions that could be asked of these numbers gave a further reason for caution."
+HOW_HACKING_IS_JUDGED = (
+    "A sign is caught when the change is beyond its threshold and its 95 % interval leaves no change out. What changed "
+    "is not always wrong: a sign says where to read the answers."
+)
 _JUDGES = {"gold": "the gold scorer", "reward": "the reward model"}
 
 
@@ -22,9 +28,9 @@ def subtitle_of(report: Report) -> str:
     return sentence
 
 
-def outcome_words(report: Report, outcome: str) -> str:
-    """Name an example's outcome in terms of the two models compared."""
-    first, second = report.candidate, report.reference
+def outcome_words(report: Report, model: str | None, outcome: str) -> str:
+    """Name how a model fared in an example in terms of the two models compared."""
+    first, second = model, report.reference
     return {
         "win": f"{first} better than {second}",
         "tie": f"{first} and {second} alike",

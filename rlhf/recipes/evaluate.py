@@ -18,24 +18,23 @@ from rlhf.data.prompt_dataset import PromptDataset
 from rlhf.data.tinychat import GoldScorer
 from rlhf.eval.judge import Judge, JudgingStopped
 from rlhf.eval.judge_report import JUDGEMENTS, write_judgements
-from rlhf.eval.panels import read_history
 from rlhf.eval.report import ReportPaths, write_report
 from rlhf.eval.report_data import ReportInput
 from rlhf.eval.reward_accuracy import RewardPair
-from rlhf.eval.samples import Cost, Mode, ModelResult, Sample, write_samples
+from rlhf.eval.samples import Mode, ModelResult, Sample, write_samples
 from rlhf.eval.suite_items import Suite
 from rlhf.eval.suite_library import files_of
 from rlhf.eval.suite_results import SuiteResult, suite_result
 from rlhf.eval.suites import EvalPrompt, gold_scores, prompt_suite, shown, tinychat_suite
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
-from rlhf.infra.run_folder import RUN_INFO, read_run_info
 from rlhf.models.backbone import Backbone
 from rlhf.models.reference import Reference
 from rlhf.models.reward_model import AnyReward, ClassifierReward, RewardEnsemble, RewardModel, load_reward_model
 from rlhf.recipes.answers import AnsweringStopped, askable, cached_answers, stop_if_asked, texts_of
 from rlhf.recipes.evaluate_config import EvaluateConfig
 from rlhf.recipes.evaluation_judges import judge_models
+from rlhf.recipes.evaluation_sources import StageSources, stage_sources
 from rlhf.recipes.judge_pairs import cost_notes
 from rlhf.recipes.judging import build_judges
 from rlhf.recipes.launch import launch
@@ -58,6 +57,7 @@ class Parts:
     scorer: AnyReward | None
     judges: list[Judge]
     tax: list[Suite]
+    stages: StageSources
 
 
 def run_evaluation(config: EvaluateConfig) -> tuple[Run, ReportPaths]:
@@ -86,11 +86,13 @@ def run_evaluation(config: EvaluateConfig) -> tuple[Run, ReportPaths]:
             reference=settings.reference,
             reward_pairs=pairs,
             reward_ms_per_sample=milliseconds,
-            histories=histories(settings),
-            costs=stage_costs(settings),
+            histories=parts.stages.histories,
+            costs=parts.stages.costs,
             notes=notes(settings, run, parts) | cost_notes(parts.judges),
             judged=judged,
             tax_results=taxed,
+            hacking=parts.stages.hacking,
+            stages=parts.stages.facts,
             seed=settings.run.seed,
         )
         written.append(write_report(run.folder, source))
@@ -123,7 +125,8 @@ def prepare(config: EvaluateConfig, device: torch.device, rejected_rows: Path) -
         prompts = prompt_suite((held or data).examples, config.suite.num_heldout)
     pairs = held_out_pairs(config, reward, rejected_rows) if reward is not None and config.num_reward_pairs else []
     judges = build_judges(config.judges, config.run.output_dir, device, config.run.dtype)
-    return Parts(prompts, pairs, models, reward, scorer, judges, load_tax_suites(config))
+    stages = stage_sources(config.models, config.histories, config.run.output_dir)
+    return Parts(prompts, pairs, models, reward, scorer, judges, load_tax_suites(config), stages)
 
 
 def load_tax_suites(config: EvaluateConfig) -> list[Suite]:
@@ -188,8 +191,7 @@ def answer_all(name: str, parts: Parts, config: EvaluateConfig, run: Run) -> Mod
         if config.greedy:
             heldout = [prompt for prompt in parts.prompts if prompt.split == "heldout"]
             samples += answer(name, parts, heldout, "greedy", config, run)
-    source = config.models[name]
-    return ModelResult(name, tuple(samples), stage_cost_of(source, config.run.output_dir))
+    return ModelResult(name, tuple(samples))
 
 
 def answer(
@@ -287,34 +289,6 @@ def reward_pairs(parts: Parts) -> tuple[list[RewardPair], float | None]:
         return [], None
     scores = score_pairs(parts.reward, parts.pairs, SCORING_TOKENS)
     return as_reward_pairs(parts.pairs, scores), scores.ms_per_sample
-
-
-def stage_cost_of(source: str, output_dir: Path) -> Cost | None:
-    """What a run cost, from its record; None for what is no run."""
-    for place in (Path(source), output_dir / source):
-        if (place / RUN_INFO).is_file():
-            cost = read_run_info(place).get("cost")
-            return None if cost is None else Cost(**cost)
-    return None
-
-
-def stage_costs(config: EvaluateConfig) -> dict[str, Cost]:
-    """Costs of the stages whose curves are shown, in that order; stages that are models too come under their names."""
-    costs = {title: stage_cost_of(source, config.run.output_dir) for title, source in config.histories.items()}
-    return {title: cost for title, cost in costs.items() if cost is not None}
-
-
-def histories(config: EvaluateConfig) -> dict[str, list[dict[str, float]]]:
-    """The logs of the stages named in the config."""
-    found = {}
-    for title, source in config.histories.items():
-        for place in (Path(source), config.run.output_dir / source):
-            if (place / RUN_INFO).is_file():
-                found[title] = read_history(place / "logs" / "train.jsonl")
-        if title not in found:
-            found_none = f"histories names the run '{source}'"
-            raise UserError(f"{found_none}, but there is none in '{config.run.output_dir}'; name one that is there")
-    return found
 
 
 def notes(config: EvaluateConfig, run: Run, parts: Parts) -> dict[str, str | int | float]:

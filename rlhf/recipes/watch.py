@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf.data.prompt_dataset import PromptExample
-from rlhf.data.tinychat import gold_reward
+from rlhf.data.tinychat import gold_reward, is_task_of
 from rlhf.eval.hacking import Look, Mean, Verdict, judge, text_figures
 from rlhf.eval.hacking_plot import hacking_png
 from rlhf.infra.checkpoint import separate_tensors
@@ -98,7 +98,7 @@ class Watch:
         if spreads:
             found["disagreement"] = Mean.of([sum(row) / len(row) for row in zip(*spreads, strict=True)])
         examples = [self._examples[tuple(ids)] for ids in trajectory.prompts()]
-        if self.config.data.is_tinychat and all("task" in example.columns for example in examples):
+        if all(is_task_of(example.columns.get("task"), example.prompt) for example in examples):
             found["gold"] = Mean.of(_gold(examples, texts))
         if self.held_out:
             found["held_out_reward"] = Mean.of(self._score_held_out(step).returns)

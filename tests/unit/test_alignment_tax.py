@@ -81,8 +81,8 @@ def test_a_report_tells_a_loss(lost: int, gained: int, wary: bool, words: str) -
     (check,) = [check for check in run_checks(made) if "alignment tax" in check.name]
     assert (check.wary, words in check.sentence) == (wary, True), check
     rows = dict(summary_of(made, made.main_view).rows)
-    assert "mmlu, change, points" in rows
-    assert "mmlu, change, points" not in dict(summary_of(made, made.views[1]).rows)
+    assert "Alignment tax: mmlu, points" in rows
+    assert "Alignment tax: mmlu, points" not in dict(summary_of(made, made.views[1]).rows)
     shown = {name: [one.text for one in cells] for name, cells in taxes_of(made).rows}
     assert shown["mmlu 1 (ffffffff), %"][1] == "80.0"
 

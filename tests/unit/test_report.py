@@ -169,12 +169,12 @@ def test_model_output_cannot_become_markup(written: tuple[Report, str, str, dict
 def test_page_shows_every_section_and_links_to_it(written: tuple[Report, str, str, dict[str, object]]) -> None:
     page = written[1]
     for name in (
-        "summary", "comparison", "wary", "families", "win-rates", "refusals", "reward-model", "training", "cost",
-        "examples", "method",
+        "summary", "comparison", "failed", "wary", "hacking", "families", "win-rates", "refusals", "reward-model",
+        "training", "cost", "examples", "method",
     ):  # fmt: skip
         assert f'<section id="{name}"' in page
         assert f'href="#{name}"' in page
-    assert page.count('<article class="example') == 20
+    assert page.count('<article class="example') == 40
     assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
     svgs = re.findall(r"<svg [^>]*>", page)
     assert len(svgs) >= 10
@@ -233,12 +233,14 @@ def test_examples_are_drawn_evenly_and_by_seed() -> None:
     source = full_input()
     report = build_report(source)
     families = [example.family for example in report.examples]
-    assert {family: families.count(family) for family in set(families)} == dict.fromkeys(FAMILIES, 5)
+    assert {family: families.count(family) for family in set(families)} == dict.fromkeys(FAMILIES, 10)
     assert report.examples == build_report(source).examples
     assert report.examples != build_report(dataclasses.replace(source, seed=1)).examples
     for example in report.examples:
-        gap = (example.answers["ppo"].gold or 0) - (example.answers["sft"].gold or 0)
-        assert example.outcome == ("win" if gap > 0 else "loss" if gap < 0 else "tie")
+        assert list(example.outcomes) == ["base", "dpo", "ppo"]
+        for name, outcome in example.outcomes.items():
+            gap = (example.answers[name].gold or 0) - (example.answers["sft"].gold or 0)
+            assert outcome == ("win" if gap > 0 else "loss" if gap < 0 else "tie")
 
 
 def wary(source: ReportInput) -> set[str]:

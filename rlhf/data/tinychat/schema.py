@@ -49,6 +49,17 @@ class Task:
         return cls(source["id"], source["family"], source["prompt"], source["split"], dict(source["spec"]))
 
 
+def is_task_of(value: Any, prompt: str | list[dict[str, str]]) -> bool:
+    """Whether the `task` column of a row holds the tinychat task that the row's prompt asks, so that gold is known.
+
+    Other data may have a column of that name for something else.
+    """
+    if not isinstance(value, Mapping) or set(value) != {"id", "family", "prompt", "split", "spec"}:
+        return False
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return value["family"] in FAMILIES and value["split"] in SPLITS and value["prompt"] == asked
+
+
 class Draft(NamedTuple):
     """A drawn instance before it has a split; equal prompts always have equal keys."""
 
