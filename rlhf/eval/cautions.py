@@ -73,7 +73,9 @@ def _about_scores(report: Report, name: str) -> Iterator[Check]:
             f"{name}: win-rate",
             unclear,
             f"{name} wins {_percent(win.rate)} against {win.second}"
-            + (", which does not exclude that it is no better." if unclear else "."),
+            + ("; it is worse." if win.rate.high < 0.5 else ", which does not exclude that it is no better.")
+            if unclear
+            else f"{name} wins {_percent(win.rate)} against {win.second}.",
             missed=unclear,
         )
         by_length = win.rate.low > 0.5 >= win.length_controlled.low

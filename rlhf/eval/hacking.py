@@ -58,23 +58,37 @@ class HackingConfig(Config):
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean, standard error and number of some values."""
+    """Mean, standard error and number of some values; `spread` is their standard deviation where `error` is not that of
+    independent values."""
 
     mean: float
     error: float
     num: int
+    spread: float | None = None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
+    def of(cls, values: Sequence[float], groups: Sequence[int] | None = None) -> Mean:
+        """Of one value per answer; `groups` numbers the prompt of each, where a prompt has several answers.
+
+        Answers to one prompt are alike, so the prompts are what was drawn: the error is then that of a mean over
+        clusters (Cochran, Sampling Techniques, 3rd ed., eq. 9A.2 without the finite-population factor).
+        """
         num = len(values)
         mean = math.fsum(values) / num
-        variance = math.fsum((value - mean) ** 2 for value in values) / (num - 1) if num > 1 else 0.0
-        return cls(mean, math.sqrt(variance / num), num)
+        spread = math.sqrt(_variance(values, mean))
+        sums: dict[int, float] = {}
+        for group, value in zip(groups if groups is not None else range(num), values, strict=True):
+            sums[group] = sums.get(group, 0.0) + value - mean
+        if len(sums) == num:
+            return cls(mean, spread / math.sqrt(num), num)
+        among = len(sums)
+        error = math.sqrt(math.fsum(s * s for s in sums.values()) * among / (among - 1)) / num if among > 1 else 0.0
+        return cls(mean, error, num, spread)
 
     @property
     def deviation(self) -> float:
         """Standard deviation of the values."""
-        return self.error * math.sqrt(self.num)
+        return self.error * math.sqrt(self.num) if self.spread is None else self.spread
 
 
 @dataclass(frozen=True)
@@ -124,13 +138,13 @@ class Verdict:
         return cls(**{**value, "change": Change(**value["change"])})
 
 
-def text_figures(texts: Sequence[str]) -> dict[str, Mean]:
+def text_figures(texts: Sequence[str], groups: Sequence[int] | None = None) -> dict[str, Mean]:
     """What the answers look like: repetition, formatting, flattery and refusals, each a mean over answers."""
     return {
-        "repetition": Mean.of([repetition_share(text) for text in texts]),
-        "formatting": Mean.of([_marks(text) for text in texts]),
-        "flattery": Mean.of([flatters(text) for text in texts]),
-        "refusal": Mean.of([float(refused) for refused in refusal_flags(texts)]),
+        "repetition": Mean.of([repetition_share(text) for text in texts], groups),
+        "formatting": Mean.of([_marks(text) for text in texts], groups),
+        "flattery": Mean.of([flatters(text) for text in texts], groups),
+        "refusal": Mean.of([float(refused) for refused in refusal_flags(texts)], groups),
     }
 
 
@@ -165,9 +179,13 @@ class Sign:
 
     def sentence(self, change: Change, threshold: float, caught: bool) -> str:
         """What happened, in numbers."""
-        size, low, high, most = (self.scale * value for value in (change.size, change.low, change.high, threshold))
+        size, low, high = (self.number(value) for value in (change.size, change.low, change.high))
         bound = "more than" if caught else "not clearly more than" if change.size > threshold else "not more than"
-        return f"{self.words} {size:+.3g}{self.unit} [{low:+.3g}, {high:+.3g}], {bound} {most:.3g}{self.unit}"
+        return f"{self.words} {size}{self.unit} [{low}, {high}], {bound} {self.scale * threshold:.3g}{self.unit}"
+
+    def number(self, value: float) -> str:
+        """A change in the sign's unit, to three digits; rounding errors are shown as the zero they stand for."""
+        return f"{round(self.scale * value, 4) + 0.0:+.3g}"
 
 
 def rise(figure: str) -> Callable[[Look, Look], Change | None]:
@@ -233,6 +251,10 @@ def _change(first: Look, look: Look, figure: str, unit: float | None) -> Change 
         return None
     unit = unit or abs(then.mean) or 1.0
     return _interval((now.mean - then.mean) / unit, math.hypot(now.error, then.error) / unit)
+
+
+def _variance(values: Sequence[float], mean: float) -> float:
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) if len(values) > 1 else 0.0
 
 
 def _interval(size: float, error: float) -> Change:

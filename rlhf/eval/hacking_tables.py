@@ -13,7 +13,7 @@ def hacking_of(record: HackingRecord) -> Table:
         (
             _label(verdict),
             (
-                Cell(_number(verdict, verdict.change.size), _interval(verdict)),
+                Cell(SIGNS[verdict.sign].number(verdict.change.size), _interval(verdict)),
                 Cell(f"{SIGNS[verdict.sign].scale * verdict.threshold:.3g}"),
                 Cell(_said(record, verdict), bad=verdict.caught),
             ),
@@ -32,12 +32,9 @@ def _label(verdict: Verdict) -> str:
     return sign.label + (f", {sign.unit.strip()}" if sign.unit else "")
 
 
-def _number(verdict: Verdict, value: float) -> str:
-    return f"{SIGNS[verdict.sign].scale * value + 0.0:+.3g}"
-
-
 def _interval(verdict: Verdict) -> str:
-    return f"[{_number(verdict, verdict.change.low)}, {_number(verdict, verdict.change.high)}]"
+    number = SIGNS[verdict.sign].number
+    return f"[{number(verdict.change.low)}, {number(verdict.change.high)}]"
 
 
 def _said(record: HackingRecord, verdict: Verdict) -> str:

@@ -109,7 +109,7 @@ def _tax_rows(report: Report, names: Sequence[str]) -> list[tuple[str, tuple[Cel
 
 def _hacking_rows(report: Report, names: Sequence[str]) -> list[tuple[str, tuple[Cell, ...]]]:
     rows = []
-    for after, when in ((False, "in training"), (True, "after training")):
+    for after, when in ((False, "in training"), (True, "after it")):
         found = {record.policy: record for record in report.hacking if record.after_training == after}
         cells = tuple(
             Cell(f"{len(found[name].caught)} of {len(found[name].verdicts)}", bad=bool(found[name].caught))
@@ -117,13 +117,13 @@ def _hacking_rows(report: Report, names: Sequence[str]) -> list[tuple[str, tuple
             else Cell()
             for name in names
         )
-        rows.append((f"Signs of reward hacking {when}", cells))
+        rows.append((f"Reward-hacking signs {when}", cells))
     return rows
 
 
 def _cost_rows(report: Report, names: Sequence[str]) -> list[tuple[str, tuple[Cell, ...]]]:
     costs = [report.costs.get(name) for name in names]
-    return [("Cost of its training, seconds", tuple(cell(cost.seconds if cost else None, 1) for cost in costs))]
+    return [("Cost of training, seconds", tuple(cell(cost.seconds if cost else None, 1) for cost in costs))]
 
 
 def gold_parts_of(report: Report, view: View) -> Table:

@@ -86,20 +86,22 @@ class Watch:
         trajectory, kl_B = rollout.experience.trajectory, rollout.experience.kl_B
         lengths_B = trajectory.lengths_B.clamp(min=1)
         entropy_B = (trajectory.entropy_BR * trajectory.response_mask_BR).sum(dim=1) / lengths_B
-        texts = self.rollouts.texts(trajectory)
-        found = text_figures(texts) | {
-            "length": Mean.of(trajectory.lengths_B.tolist()),
-            "entropy": Mean.of(entropy_B.tolist()),
-            "reward": Mean.of(rollout.scores.returns),
+        texts, prompts = self.rollouts.texts(trajectory), [tuple(ids) for ids in trajectory.prompts()]
+        numbers = {ids: number for number, ids in enumerate(dict.fromkeys(prompts))}
+        groups = [numbers[ids] for ids in prompts]
+        found = text_figures(texts, groups) | {
+            "length": Mean.of(trajectory.lengths_B.tolist(), groups),
+            "entropy": Mean.of(entropy_B.tolist(), groups),
+            "reward": Mean.of(rollout.scores.returns, groups),
         }
         if bool(kl_B.isfinite().all()):
-            found["kl"] = Mean.of(kl_B.tolist())
+            found["kl"] = Mean.of(kl_B.tolist(), groups)
         spreads = [values for name, values in rollout.scores.details.items() if name.endswith("disagreement")]
         if spreads:
-            found["disagreement"] = Mean.of([sum(row) / len(row) for row in zip(*spreads, strict=True)])
-        examples = [self._examples[tuple(ids)] for ids in trajectory.prompts()]
+            found["disagreement"] = Mean.of([sum(row) / len(row) for row in zip(*spreads, strict=True)], groups)
+        examples = [self._examples[ids] for ids in prompts]
         if all(is_task_of(example.columns.get("task"), example.prompt) for example in examples):
-            found["gold"] = Mean.of(_gold(examples, texts))
+            found["gold"] = Mean.of(_gold(examples, texts), groups)
         if self.held_out:
             found["held_out_reward"] = Mean.of(self._score_held_out(step).returns)
         return found

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.regression.linear_model import OLS
 
 from rlhf.eval.hacking import SIGNS, HackingConfig, Look, Mean, judge, text_figures
 
@@ -118,6 +119,22 @@ def test_mean_error_and_interval_are_those_of_scipy() -> None:
     assert (change.low, change.high) == pytest.approx((low, high), abs=1e-6)
 
 
+def test_answers_to_one_prompt_are_one_draw() -> None:
+    rng = np.random.default_rng(3)
+    values, groups = rng.normal(size=(6, 4)), np.arange(6).repeat(4)
+    clustered = Mean.of(list(values.ravel()), list(groups))
+    # Of groups of one size the mean over all is the mean of their means, each an independent draw.
+    assert (clustered.mean, clustered.error) == pytest.approx((values.mean(), stats.sem(values.mean(axis=1))))
+    assert (clustered.num, clustered.deviation) == (24, pytest.approx(values.std(ddof=1)))
+    # statsmodels' cluster-robust error of an intercept holds for groups of any size.
+    sizes = np.array([0, 0, 0, 0, 1, 2, 2, 3, 3, 3])
+    drawn = rng.normal(size=10)
+    fit = OLS(drawn, np.ones(10)).fit(cov_type="cluster", cov_kwds={"groups": sizes, "df_correction": True})
+    assert Mean.of(list(drawn), list(sizes)).error == pytest.approx(fit.bse[0])
+    assert Mean.of(list(drawn), list(range(10))) == Mean.of(list(drawn))
+    assert Mean.of([1.0, 3.0], [0, 0]).error == 0.0
+
+
 def test_growth_is_a_share_of_the_first_and_a_threshold_of_null_leaves_a_sign_out() -> None:
     first, last = Look(1, {"length": Mean(20.0, 0.5, 9)}), Look(7, {"length": Mean(31.0, 0.0, 9)})
     (verdict,) = judge([first, last], HackingConfig())
@@ -126,6 +143,11 @@ def test_growth_is_a_share_of_the_first_and_a_threshold_of_null_leaves_a_sign_ou
     assert "+55 %" in verdict.sentence and "more than 50 %" in verdict.sentence
     assert judge([first, last], HackingConfig(length=None)) == []
     assert not judge([first, last], HackingConfig(length=0.6))[0].caught
+
+
+def test_rounding_errors_are_shown_as_zero() -> None:
+    assert [SIGNS["kl"].number(value) for value in (-3e-7, 0.0, 2.05444, 41.21)] == ["+0", "+0", "+2.05", "+41.2"]
+    assert SIGNS["length"].number(-0.2254) == "-22.5"
 
 
 def test_a_large_change_within_the_noise_is_not_caught_and_says_so() -> None:

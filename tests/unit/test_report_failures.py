@@ -124,8 +124,8 @@ def test_the_report_shows_values_thresholds_verdicts_and_plots(tmp_path: Path) -
     assert "plots/hacking-training-ppo-length.svg" in markdown and "plots/hacking-after-gold.svg" in markdown
     assert (tmp_path / "plots" / "hacking-training-ppo-length.svg").is_file()
     assert '<b class="bad">caught at 100</b>' in page and "Length, growth: caught at iteration 100" in page
-    assert f"| Signs of reward hacking in training | {NONE} | 1 of 2 |" in markdown
-    assert f"| Signs of reward hacking after training | {NONE} | 0 of 7 |" in markdown  # without entropy here, too
+    assert f"| Reward-hacking signs in training | {NONE} | 1 of 2 |" in markdown
+    assert f"| Reward-hacking signs after it | {NONE} | 0 of 7 |" in markdown  # without entropy here, too
     caption = hacking_of(record(entropy=None, action="stop")).caption
     assert caption.startswith("Looked at in iterations 1, 100, 200; each against the first. No figures for: repetition")
     assert caption.endswith("Left out by the settings: entropy. On a sign: stop.")
