@@ -880,7 +880,7 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
             Refused("worst", "has no members"),
         ],
         "rewards.0.penalty": [
-            Changes("9", ("rewards=[{{name: a, model: {ensemble}, rule: penalised}}]", "sampling.right_from=0")),
+            Changes("9", ("rewards=[{{name: a, model: {ensemble}, rule: penalised}}]", "sampling.right_from=-25")),
             Refused("9", "has no members"),
         ],
         "generation.temperature": [Changes("0.7"), Refused("0", "all solutions of a question")],
