@@ -113,6 +113,7 @@ def test_a_second_process_is_refused_and_nothing_is_lost(workshop: Workshop) -> 
     assert contents(straight) == before
 
 
+@pytest.mark.slow
 def test_p10_a_reference_that_was_trained_again_meanwhile_is_refused(workshop: Workshop) -> None:
     straight, made = workshop.uninterrupted("ppo")
     (moment,) = chosen(made.moments, "gradients 6")

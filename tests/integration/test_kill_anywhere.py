@@ -8,6 +8,7 @@ import shutil
 import signal
 
 import pytest
+from fast_some import fast_some
 from killed_runs import Workshop, assert_same_run, chosen, command, log_lines, newest_checkpoint, status
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and fork exist on Unix only")
@@ -41,13 +42,13 @@ def within(moments: list[str], first: str, last: str) -> list[int]:
     return list(range(moments.index(first), moments.index(last)))
 
 
-@pytest.mark.parametrize("recipe", ["sft", "rm", "dpo", "kto"])
+@pytest.mark.parametrize("recipe", fast_some(["sft", "rm", "dpo", "kto"], "sft", "dpo"))
 def test_c1_a_killed_run_goes_on_bit_for_bit(workshop: Workshop, recipe: str) -> None:
     (moment,) = chosen(workshop.uninterrupted(recipe)[1].moments, "gradients 3")
     goes_on(workshop, recipe, moment)
 
 
-@pytest.mark.parametrize("recipe", ONLINE)
+@pytest.mark.parametrize("recipe", fast_some(ONLINE, "ppo"))
 def test_c1_killed_inside_an_inner_epoch_it_goes_on_bit_for_bit(workshop: Workshop, recipe: str) -> None:
     straight, ended = workshop.uninterrupted(recipe)
     # The third of the four updates of the second iteration, with its gradients there and its weights not yet moved.

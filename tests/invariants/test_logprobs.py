@@ -249,6 +249,7 @@ def test_P1_log_probs_far_off_are_recomputed_from_then_on(tmp_path: Path, monkey
     assert "recomputed" in (ppo.run.folder / "logs" / "train.log").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_P4_sampling_from_a_cut_distribution_is_warned_about(tmp_path: Path) -> None:
     backbone, data = backbone_of("qwen2"), tmp_path / "prompts.jsonl"
     backbone.model.save_pretrained(tmp_path / "base")

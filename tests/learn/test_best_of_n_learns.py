@@ -72,6 +72,7 @@ def test_the_pool_of_a_slow_account_and_what_is_kept_of_it(tmp_path: Path, base:
     assert not (run.folder / "pool.jsonl.partial").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path, base: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

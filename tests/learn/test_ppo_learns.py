@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fast_some import fast_some
 from safetensors.torch import load_file
 from toy_runs import WriteRows, column, demonstrations, interrupt_after, log_lines, mean, pairs, prompts, settings
 
@@ -150,6 +151,7 @@ def test_the_adaptive_controller_moves_towards_its_target(tmp_path: Path, base: 
     assert found == pytest.approx([0.1 * 0.98, 0.1 * 0.98**2, 0.1 * 0.98**3])
 
 
+@pytest.mark.slow
 def test_inner_epochs_end_once_the_policy_has_moved(tmp_path: Path, base: Path, prompt_file: Path) -> None:
     def updates(name: str, bound: str) -> list[float]:
         more = ("ppo.num_iterations=2", "ppo.num_ppo_epochs=5", f"ppo.target_kl={bound}", f"policy={base}", RED)
@@ -212,7 +214,7 @@ def trained_parts(tmp_path: Path, base: Path, write_rows: WriteRows) -> tuple[st
     return "policy=sft", "reward_model=reward", "model.lora=null"  # the policy brings its adapter
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("train", fast_some(["lora", "full"], "lora"))
 def test_a_reward_model_is_followed_and_neither_it_nor_the_reference_moves(
     tmp_path: Path, prompt_file: Path, trained_parts: tuple[str, ...], train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,7 +248,11 @@ def test_a_reward_model_is_followed_and_neither_it_nor_the_reference_moves(
 
 
 @pytest.mark.parametrize(
-    "more", [("ppo.value_head=mlp",), ("model.train=full", "model.lora=null", "optimizer.learning_rate=0.003")]
+    "more",
+    fast_some(
+        [("ppo.value_head=mlp",), ("model.train=full", "model.lora=null", "optimizer.learning_rate=0.003")],
+        ("ppo.value_head=mlp",),
+    ),
 )
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     tmp_path: Path,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fast_some import fast_some
 from safetensors.torch import load_file
 from toy_runs import ANIMALS, COLOURS, WriteRows, column, interrupt_after, log_lines, prompts, settings
 
@@ -41,7 +42,7 @@ def prm(tmp_path: Path, base: Path, data: Path, name: str, *more: str) -> Run:
     return run_prm(load_config(ProcessRewardConfig, overrides=[*shared, "model.lora.r=4", *more]))
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("train", fast_some(["lora", "full"], "lora"))
 def test_wrong_steps_are_told_from_right_ones(tmp_path: Path, base: Path, write_rows: WriteRows, train: str) -> None:
     run = prm(
         tmp_path,
@@ -66,6 +67,7 @@ def test_wrong_steps_are_told_from_right_ones(tmp_path: Path, base: Path, write_
     assert good > 0.5 > bad
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
     tmp_path: Path, base: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

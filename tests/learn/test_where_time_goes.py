@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fast_some import fast_some
 from toy_runs import WriteRows, column, demonstrations, interrupt_after, log_lines, pairs, prompts, settings
 
 from rlhf.infra.config import load_config
@@ -51,11 +52,6 @@ ONLINE_RUN = [
     "data.validation_fraction=0",
 ]
 Start = Callable[..., Run]
-
-
-def few_fast(*fast: str) -> list[Any]:
-    """Every recipe; those that are not named run with the slow tests."""
-    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in RUNNERS]
 
 
 def slow(recipe: str, *more: str) -> Any:
@@ -117,7 +113,7 @@ def test_a_profile_of_two_steps_and_the_same_log(start: Start, recipe: str) -> N
     assert products and all(product["args"]["Input Dims"] for product in products)
 
 
-@pytest.mark.parametrize("recipe", few_fast("kto", "ppo"))
+@pytest.mark.parametrize("recipe", fast_some(RUNNERS, "ppo"))
 def test_every_run_says_where_its_time_went(start: Start, recipe: str) -> None:
     folder = start(recipe, "run").folder
     phases = {"load", "update", "save", "other"}

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from chat_server import Answer, ChatServer, Request, serving
+from fast_some import fast_some
 
 from rlhf.infra.chat_api import AskingStopped, ChatApiConfig, ChatClient, RequestRefusedError
 from rlhf.infra.errors import UserError
@@ -96,7 +97,7 @@ def test_waits_double_and_are_spread() -> None:
         assert wait >= longest / 2
 
 
-@pytest.mark.parametrize("form", ["seconds", "milliseconds", "date"])
+@pytest.mark.parametrize("form", fast_some(["seconds", "milliseconds", "date"], "milliseconds"))
 def test_retry_after_is_honoured_by_every_worker(form: str) -> None:
     asked_for = 1.2 if form == "date" else 0.4
 
@@ -118,6 +119,7 @@ def test_retry_after_is_honoured_by_every_worker(form: str) -> None:
     assert all(moment - first >= asked_for - 0.25 for moment in later)
 
 
+@pytest.mark.slow
 def test_being_told_to_wait_is_no_failure() -> None:
     pause = Answer(status=429, headers={"Retry-After": "0"})
     with serving(lambda request, number: pause if number < 6 else Answer("done")) as server:
@@ -358,6 +360,7 @@ def test_stopping_keeps_what_was_answered(tmp_path: Path) -> None:
     assert sum(isinstance(reply, AskingStopped) for reply in replies) == 6
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_only_what_was_on_its_way(tmp_path: Path) -> None:
     path = tmp_path / "replies.jsonl"
     program = """

@@ -84,6 +84,7 @@ def test_what_tests_call_and_nobody_else_defines(tests: list[str], setup: str, n
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_mbpps_own_solutions_pass_their_tests_and_those_of_others_do_not() -> None:
     rows = rows_of("mbpp/mbpp_minus_test.jsonl.gz")[:120]
     solutions = [row["code"] for row in rows]

@@ -162,11 +162,13 @@ def test_ppo_is_checked_on_a_rollout_even_where_its_reward_model_has_no_head(tmp
     assert levels == dict.fromkeys(["T10", "T6", "start", "T3", "T4", "T2", "T1", "P2", "P1", "P8", "O12"], "green")
 
 
+@pytest.mark.slow
 def test_ppo_without_the_reward_model_it_asks_for_and_with_rules_alone(ppo: list[str]) -> None:
     assert diagnosed("ppo", *ppo)["V9"] == "red"
     assert "V9" not in diagnosed("ppo", *ppo, "rewards=[{name: keyword_sentiment}]")
 
 
+@pytest.mark.slow
 def test_ppo_with_a_classifier_whose_head_was_lost(tmp_path: Path, ppo: list[str]) -> None:
     write_model(tmp_path / "classifier", chat_tokenizer(), classifier=True)
     assert diagnosed("ppo", *ppo, f"reward_model={tmp_path / 'classifier'}")["V9"] == "green"

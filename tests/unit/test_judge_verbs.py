@@ -303,6 +303,7 @@ def test_the_key_is_in_no_file_and_no_output(
 # ---------------------------------------------------------------------- validate
 
 
+@pytest.mark.slow
 def test_judges_against_labels(tmp_path: Path, labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = write(tmp_path / "more.jsonl", [{"prompt": "q", "chosen": "good a", "rejected": "bad and long"}] * 3)
     with serving(honest) as server:

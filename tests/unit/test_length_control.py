@@ -73,6 +73,7 @@ def test_the_fit_is_scikit_learns() -> None:
     assert found.rate.estimate == pytest.approx((1 / (1 + np.exp(-(psi * hardness + theta)))).mean(), abs=1e-8)
 
 
+@pytest.mark.slow
 def test_a_judge_that_likes_length_is_seen_through() -> None:
     rng = np.random.default_rng(1)
     first, second = rng.integers(200, 900, 4000), rng.integers(100, 700, 4000)

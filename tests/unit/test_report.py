@@ -363,6 +363,7 @@ def test_console_table_has_the_summary() -> None:
         assert word in text
 
 
+@pytest.mark.slow
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     source = dataclasses.replace(full_input(), num_examples=2, histories={"ppo": history()}, reward_pairs=())
     one, two = write_report(tmp_path / "one", source), write_report(tmp_path / "two", source)

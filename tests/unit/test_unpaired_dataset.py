@@ -132,7 +132,11 @@ def test_rows_in_random_order_meet_answers_of_both_kinds(letters: ChatEncoder) -
 
 @pytest.mark.parametrize(
     ("file", "count", "desirable"),
-    [("kto_en_demo.json.gz", 300, 150), ("kto-mix-test.json.gz", 1_092, 546), ("dpo_en_demo.json.gz", 600, 300)],
+    [
+        ("kto_en_demo.json.gz", 300, 150),
+        pytest.param("kto-mix-test.json.gz", 1_092, 546, marks=pytest.mark.slow),
+        pytest.param("dpo_en_demo.json.gz", 600, 300, marks=pytest.mark.slow),
+    ],
 )
 def test_published_files_are_read(shared_data: Path, file: str, count: int, desirable: int) -> None:
     rows = json.loads(gzip.decompress((shared_data / "preference_demos" / file).read_bytes()))
