@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and transformers are imported: no network, and no more threads than there are cores for the workers.
@@ -17,6 +18,18 @@ from tiny_tokenizers import CHATML, byte_level
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_syncing() -> Iterator[None]:
+    """A third of a toy run's time is syncing, and no test's files must outlive a power cut.
+
+    That and when we sync is seen by the tests that put something of their own in place of `os.fsync`, and by those that
+    kill processes.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture
