@@ -38,7 +38,8 @@ ConfigOption = Annotated[
 Recipe = Annotated[
     str,
     typer.Argument(
-        help="pretrain, sft, rm, prm, prm-label, dpo, kto, ppo, grpo, pairs, online-dpo, best-of-n, eval or pipeline.",
+        help="pretrain, sft, rm, prm, prm-label, dpo, kto, ppo, grpo, pairs, online-dpo, best-of-n, eval, pipeline or "
+        "ablate.",
         show_default=False,
         metavar="RECIPE",
     ),
@@ -214,6 +215,15 @@ def pipeline(config: ConfigOption = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def ablate(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Compare training methods: the same start, data and seconds for each, several seeds; one table, one figure."""
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.ablation_config import AblationConfig
+
+    _ablate(load_config(AblationConfig, config, overrides or ()))
+
+
+@app.command()
 def doctor(
     recipe: Annotated[
         str, typer.Argument(help="sft, rm, dpo, kto, ppo, grpo or pipeline.", show_default=False, metavar="RECIPE")
@@ -321,7 +331,7 @@ def resume(folder: Annotated[Path, typer.Argument(help="Folder of the run.", sho
     """Take an interrupted run up where its last checkpoint is."""
     from rlhf.recipes.resume import resume_run
 
-    run = resume_run(folder, _pipeline)
+    run = resume_run(folder, _composed)
     if run is not None:
         _say(run)
 
@@ -446,6 +456,12 @@ def main() -> None:
         sys.exit(130 if isinstance(leaving.__context__, typer.Abort) else leaving.code)
 
 
+def _composed(config: object, folder: Path) -> None:
+    from rlhf.recipes.pipeline import PipelineConfig
+
+    (_pipeline if isinstance(config, PipelineConfig) else _ablate)(config, folder)
+
+
 def _pipeline(config: object, folder: Path | None = None) -> None:
     from rlhf.recipes.pipeline import PipelineConfig, run_pipeline
 
@@ -456,6 +472,24 @@ def _pipeline(config: object, folder: Path | None = None) -> None:
     _say(run)
     if report is not None:
         typer.echo(f"report: {report.html}")
+
+
+def _ablate(config: object, folder: Path | None = None) -> None:
+    from rlhf.eval.ablation_report import FIGURE_FILE, TABLE_FILE, brief_table, sentences
+    from rlhf.eval.report import console_table
+    from rlhf.infra.logger import terminal
+    from rlhf.recipes.ablation import run_ablation
+    from rlhf.recipes.ablation_config import AblationConfig
+
+    assert isinstance(config, AblationConfig)
+    run, found = run_ablation(config, folder)
+    if found is not None:
+        terminal().print(console_table(brief_table(found)))
+        for sentence in sentences(found):
+            typer.echo(sentence)
+    _say(run)
+    if found is not None:
+        typer.echo(f"table: {run.folder / TABLE_FILE}; figure: {run.folder / FIGURE_FILE}")
 
 
 def _show(report: ReportPaths) -> None:

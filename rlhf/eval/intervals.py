@@ -103,6 +103,19 @@ def mean_interval(values: Sequence[float] | FloatArray, seed: int = 0, level: fl
     return _percentile(float(array.mean()), _resampled_means(array[:, None], seed)[:, 0], len(array), level)
 
 
+def student_interval(values: Sequence[float] | FloatArray, level: float = 0.95) -> Interval:
+    """Student's t interval of a mean, for few independent values such as one per seed; no bounds for a single one.
+
+    Source: Student 1908; mean +- t * s / sqrt(n) with n - 1 degrees of freedom.
+    """
+    array = _as_array(values)
+    num, mean = len(array), float(array.mean())
+    if num < 2:
+        return Interval(mean, math.nan, math.nan, num)
+    half = _student_quantile(level, num - 1) * float(array.std(ddof=1)) / math.sqrt(num)
+    return Interval(mean, mean - half, mean + half, num)
+
+
 def paired_difference(
     first: Sequence[float] | FloatArray, second: Sequence[float] | FloatArray, seed: int = 0, level: float = 0.95
 ) -> Interval:
@@ -176,6 +189,23 @@ def _normal_quantile(level: float) -> float:
     if not 0 < level < 1:
         raise UserError(f"a confidence level lies between 0 and 1; got {level}")
     return NormalDist().inv_cdf(0.5 + level / 2)
+
+
+def _student_quantile(level: float, freedom: int) -> float:
+    """The t that |T| stays below with probability `level`: Abramowitz and Stegun 26.7.3 and 26.7.4, inverted."""
+    _normal_quantile(level)
+    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(freedom)
+    for _ in range(80):
+        angle = (low + high) / 2
+        cosine, is_odd = math.cos(angle), freedom % 2
+        term, total = cosine**is_odd, 0.0
+        for power in range(2 + is_odd, freedom + 1, 2):
+            total += term
+            term *= cosine**2 * (power - 1) / power
+        within = math.sin(angle) * total
+        within = (angle + within) * 2 / math.pi if is_odd else within
+        low, high = (angle, high) if within < level else (low, angle)
+    return math.sqrt(freedom) * math.tan((low + high) / 2)
 
 
 def _phi(both: int, only_first: int, only_second: int, neither: int) -> float:

@@ -212,10 +212,21 @@ class Run:
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], part: int = 0
     ) -> Path:
-        """Write a checkpoint (see `CheckpointStore.save`) once the logs that lead to it are on the disk."""
-        folder = self.checkpoints.save(step, tensors, {**state, "log_bytes": self.logger.sync()}, part)
+        """Write a checkpoint (see `CheckpointStore.save`) once the logs that lead to it are on the disk.
+
+        It also holds what was spent so far: a run that is killed forgets the seconds behind its checkpoint, as it does
+        the steps.
+        """
+        more = {"log_bytes": self.logger.sync(), "seconds_by_phase": self.seconds_by_phase()}
+        folder = self.checkpoints.save(step, tensors, {**state, **more}, part)
         self._last_saved = time.monotonic()
         return folder
+
+    def seconds_by_phase(self) -> dict[str, float]:
+        """What the run took so far by phase, with what led to the checkpoint that it was taken up from."""
+        checkpoint, here = self.resumed_from, self.timer.totals()
+        earlier = {} if checkpoint is None else checkpoint.state.get("seconds_by_phase", {})
+        return {phase: earlier.get(phase, 0.0) + here.get(phase, 0.0) for phase in dict.fromkeys([*earlier, *here])}
 
     def finish(self, status: Status = "finished", error: str | None = None) -> None:
         """Record how the run ended, close its logs and let go of its folder; only the first call counts."""

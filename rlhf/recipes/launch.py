@@ -87,12 +87,8 @@ def launch(
 
 def _say_where_time_went(run: Run) -> None:
     """One sentence, and the same numbers in `run.json`, those of earlier parts of a resumed run included."""
-    here = run.timer.totals()
-    run.logger.info(f"where the time went, {where_time_went(here)}; {memory_used(run.device)}")
-    earlier = run.info.get("seconds_by_phase", {})
-    run.info["seconds_by_phase"] = {
-        phase: here.get(phase, 0.0) + earlier.get(phase, 0.0) for phase in dict.fromkeys([*earlier, *here])
-    }
+    run.logger.info(f"where the time went, {where_time_went(run.timer.totals())}; {memory_used(run.device)}")
+    run.info["seconds_by_phase"] = run.seconds_by_phase()
 
 
 def stage_cost(progress: Progress) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from rlhf.infra.config import Config, load_config
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
 from rlhf.infra.run_folder import CONFIG, read_run_info
+from rlhf.recipes.ablation_config import AblationConfig
 from rlhf.recipes.best_of_n import run_best_of_n
 from rlhf.recipes.best_of_n_config import BestOfNConfig
 from rlhf.recipes.dpo import DPOConfig, run_dpo
@@ -52,6 +53,7 @@ CONFIGS: dict[str, type[Config]] = {
     "judge_compare": CompareConfig,
     "judge_validate": ValidateConfig,
     "pipeline": PipelineConfig,
+    "ablate": AblationConfig,
 }
 
 
@@ -64,8 +66,10 @@ def config_class(recipe: str) -> type[Config]:
     return found
 
 
-def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -> Run | None:
+def resume_run(folder: Path, composed: Callable[[PipelineConfig | AblationConfig, Path], None]) -> Run | None:
     """Take a run up with the configuration it was started with; needs nothing but the folder.
+
+    `composed` takes up runs that are made of others, and shows what they came to.
 
     Raises:
         UserError: the folder is no run, or its run is finished.
@@ -74,8 +78,8 @@ def resume_run(folder: Path, pipeline: Callable[[PipelineConfig, Path], None]) -
     if info["status"] == "finished" and info.get("stop_reason") is None:
         raise UserError(f"run '{folder}' is finished; there is nothing to resume")
     config = load_config(config_class(info["recipe"]), folder / CONFIG)
-    if isinstance(config, PipelineConfig):
-        pipeline(config, folder)
+    if isinstance(config, PipelineConfig | AblationConfig):
+        composed(config, folder)
         return None
     if isinstance(config, PretrainConfig):
         return run_pretrain(config, folder)

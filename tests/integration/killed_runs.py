@@ -130,6 +130,7 @@ def newest_checkpoint(folder: Path) -> Path:
 def plain_state(checkpoint: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     del state["log_bytes"]  # a resumed run says that it was resumed
+    del state["seconds_by_phase"]
     state.get("progress", {}).pop("seconds", None)
     return state
 

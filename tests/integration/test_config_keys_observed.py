@@ -27,6 +27,7 @@ from rlhf.data.tinychat.labeller import LabellerConfig
 from rlhf.infra.config import Config, load_config
 from rlhf.infra.errors import UserError
 from rlhf.infra.experiment import Run
+from rlhf.recipes.ablation import run_ablation
 from rlhf.recipes.best_of_n import run_best_of_n
 from rlhf.recipes.dpo import run_dpo
 from rlhf.recipes.grpo import run_grpo
@@ -64,6 +65,7 @@ RUNNERS: dict[str, Callable[..., Any]] = {
     "eval": run_eval,
     "judge_compare": run_compare,
     "judge_validate": run_validate,
+    "ablate": run_ablation,
 }
 TEMPLATE = (
     "{% for m in messages %}{{ 'a ' if m['role'] == 'assistant' else 'the ' }}{{ m['content'] }}{{ ' <end> ' }}"

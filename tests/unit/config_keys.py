@@ -30,6 +30,7 @@ from rlhf.models.ensemble import EnsembleConfig
 from rlhf.models.lora import LoRAConfig
 from rlhf.models.process_reward_model import ProcessRewardModelConfig
 from rlhf.models.reward_model import RewardModelConfig
+from rlhf.recipes.ablation_config import AblationConfig
 from rlhf.recipes.best_of_n_config import BestOfNConfig, SelectionSettings
 from rlhf.recipes.dpo import DPOConfig, PreferenceLossConfig
 from rlhf.recipes.evaluate_config import EvaluateConfig
@@ -128,6 +129,9 @@ BASE = {
     "eval": ["models={{base: {base}, tuned: {policy}}}", "generation.max_new_tokens=6", "suite.num_heldout=8"],
     "judge_compare": ["first={answers}", "second={other_answers}", "judges=[{{kind: length}}]"],
     "judge_validate": ["labels={labelled}", "judges=[{{kind: length}}]"],
+    "ablate": ["policy={base}", "reward_model={reward}", "methods=[dpo]", "seeds=[0]", "lengths={{dpo: 1}}",
+               "pairs.train_files={pairs}", "pairs.min_length=1", "generation.max_new_tokens=6",
+               "evaluate.data.train_files={pairs}", "evaluate.suite.num_heldout=8"],
 }  # fmt: skip
 SHARED = ["run.name=run", "run.output_dir={runs}", "run.device=cpu", "run.num_threads=1", "data.train_files={pairs}"]
 FULL, ALL_TOKENS = ("model.train=full",), ("data.train_on=every_token",)
@@ -148,7 +152,7 @@ GATED = (".rule=gate", ".gate=target_string")
 ENSEMBLE_REWARD = ("rewards=[{{name: model}}]", "reward_model={ensemble}")
 PENALISED = ("rewards=[{{name: model, rule: penalised}}]", "reward_model={ensemble}")
 RULES_WITHOUT_ARGUMENTS = ("rewards=[{{name: keyword_sentiment}}]",)
-READS_NO_ROWS = ("judge_compare", "judge_validate")  # of the `data` section that SHARED names
+READS_NO_ROWS = ("judge_compare", "judge_validate", "ablate")  # of the `data` section that SHARED names
 LENGTH_JUDGE, COLUMN_JUDGE = ("judges=[{{kind: length}}]",), ("judges=[{{kind: column, column: finished}}]",)
 TWO_JUDGES = ("judges=[{{kind: length}}, {{kind: length, prefer: shorter}}]",)
 REWARD_JUDGE = ("judges=[{{kind: reward_model, source: {reward}}}]",)
@@ -182,6 +186,8 @@ REFRESHED = (
 AROUND = {("online_dpo", "refresh."): REFRESHED}
 # The same judges, made of the same classes by the same function: their own keys are tried in `judge_compare`.
 ONLY_IN_JUDGE_COMPARE = {("pairs", "judges.0."), ("online_dpo", "judges.0.")}
+# Sections that an ablation hands on as they are; `test_ablation.py` sees them arrive.
+OF_AN_ABLATIONS_PARTS = ("run.", "model.", "generation.", "pairs.", "prompts.", "evaluate.")
 ONE_UPDATE = ("ppo.num_ppo_epochs=1", "ppo.num_mini_batches=1")
 ONE_UPDATE_OF_GROUPS = ("grpo.num_epochs=1", "grpo.num_mini_batches=1")
 
@@ -646,6 +652,29 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         ],
         "rule": [Changes("agreed", (*NEIGHBOURS, *PAIR_JUDGE)), Refused("agreed", IDLE)],
     },
+    AblationConfig: {
+        "methods": [
+            Changes("[hinge]", ("lengths=null", "seconds=0.05")),
+            Refused("[pdo]", "there is no method 'pdo'; did you mean 'ppo'?", ("lengths=null",)),
+            Refused("[dpo, dpo]", "dpo is there twice"),
+        ],
+        "seeds": [Changes("[1]"), Refused("[0, 0]", "0 is there twice"), Refused("[-1]", "whole numbers from 0 on")],
+        "seconds": [Changes("0.05", ("lengths=null", "seconds=0.5")), Refused("0", "seconds"), Refused("3", IDLE)],
+        "clock": [Changes("cpu"), Refused("cpu", "set run.num_threads=1", ("run.num_threads=2",))],
+        "lengths": [
+            Changes("{{dpo: 2}}"),
+            Refused("{{dpo: 0}}", "dpo is 0, expected at least 1"),
+            Refused("{{pdo: 2}}", "lengths.pdo has no effect: there is no method of that name"),
+        ],
+        "settings": [
+            Changes("{{dpo: {{beta: 5}}}}"),
+            Refused("{{pdo: {{}}}}", "settings.pdo has no effect: there is no method of that name"),
+            Fails("{{dpo: {{bta: 1}}}}", "settings.dpo: unknown config key 'bta'"),
+            Fails("{{dpo: {{training: {{max_steps: 3}}}}}}", "seconds, or lengths.dpo, say how long it trains"),
+        ],
+        "policy": [Changes("{policy}"), Fails("nowhere", "there is no run 'nowhere'")],
+        "reward_model": [Changes("{other_reward}"), Fails("null", "nothing measures the answers")],
+    },
     OnlineDPOConfig: {
         "judges": [
             Changes("[{{kind: length}}]", NEIGHBOURS_OF_ROUNDS),
@@ -1002,6 +1031,7 @@ def stage_keys() -> Iterator[tuple[str, str, list[Case]]]:
     for recipe, cls in CONFIGS.items():
         if recipe != "pipeline":
             elsewhere = tuple(start for one, start in ONLY_IN_JUDGE_COMPARE if one == recipe)
+            elsewhere += OF_AN_ABLATIONS_PARTS if recipe == "ablate" else ()
             keys = ((key, owner, name) for key, owner, name in keys_of(cls) if not key.startswith(elsewhere))
             yield from ((recipe, key, cases(recipe, key, owner, name)) for key, owner, name in keys)
 

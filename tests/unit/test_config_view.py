@@ -156,8 +156,8 @@ def test_resolved_files_of_runs_fit_too(recipe: str) -> None:
     schema = json_schema(CONFIGS[recipe], recipe)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["title"] == f"rlhf {recipe}"
-    tree = yaml.safe_load(shown(load_config(CONFIGS[recipe], None, ["run.seed=1"]), recipe))
-    assert tree["set_by_user"] == ["run.seed"]
+    tree = yaml.safe_load(shown(load_config(CONFIGS[recipe], None, ["run.name=one"]), recipe))
+    assert tree["set_by_user"] == ["run.name"]
     assert mistakes(tree | {"extends": "other.yaml"}, schema, schema) == []
 
 
