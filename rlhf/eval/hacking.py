@@ -70,8 +70,8 @@ class Mean:
     def of(cls, values: Sequence[float], groups: Sequence[int] | None = None) -> Mean:
         """Of one value per answer; `groups` numbers the prompt of each, where a prompt has several answers.
 
-        Answers to one prompt are alike, so the prompts are what was drawn: the error is then that of a mean over
-        clusters (Cochran, Sampling Techniques, 3rd ed., eq. 9A.2 without the finite-population factor).
+        Answers to one prompt are alike, so the prompts are what was drawn: the error is then the cluster-robust one of
+        a mean (Liang and Zeger 1986), times the square root of G / (G - 1) for G prompts.
         """
         num = len(values)
         mean = math.fsum(values) / num

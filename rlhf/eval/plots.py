@@ -119,8 +119,11 @@ def _draw_panel(axes: Axes, panel: Panel, steps: FloatArray, rows: Sequence[Mapp
         colour = COLOURS[(number + 1) % len(COLOURS)]
         axes.plot(x, y, color=colour, linestyle=_DASHES[number % 4], marker=marker, markersize=3, label=labels[number])
         said.append(f"{key} from {values[known][0]:.4g} to {values[known][-1]:.4g}")
-    if len(panel.keys) > 1:
-        axes.legend(fontsize=7, ncols=2 if len(panel.keys) > 3 else 1)
+    if len(panel.keys) > 3:  # so many lines leave no room between them
+        longest = max(map(len, labels))
+        _legend_above(axes, 3 if longest < 14 else 2 if longest < 27 else 1, fontsize=6.2 if longest > 19 else 7.5)
+    elif len(panel.keys) > 1:
+        axes.legend(fontsize=7)
     return "; ".join(said)
 
 
@@ -253,10 +256,12 @@ def _model_colour(report: Report, name: str) -> str:
     return COLOURS[report.models.index(name) % len(COLOURS)]
 
 
-def _legend_above(axes: Axes, num: int) -> None:
+def _legend_above(axes: Axes, columns: int, fontsize: float = 7.5) -> None:
+    columns = min(columns, 4)
+    num_rows = math.ceil(len(axes.get_legend_handles_labels()[1]) / columns)
     if axes.figure.get_layout_engine() is None:
-        axes.figure.subplots_adjust(top=0.88)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.99), ncols=min(num, 4), fontsize=7.5)
+        axes.figure.subplots_adjust(top=0.94 - 0.06 * num_rows)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.99), ncols=columns, fontsize=fontsize)
 
 
 def new_axes(

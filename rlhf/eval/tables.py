@@ -258,8 +258,13 @@ def costs_of(report: Report) -> Table:
             optimizer_steps=sum(cost.optimizer_steps or 0 for cost in costs.values()),
         )
         rows.append(("together", _cost_cells(total)))
-    columns = ("", "Seconds", "Tokens", "Peak memory, MB", "Optimizer steps")
-    return Table("Cost", columns, tuple(rows), "Tokens processed in training; memory is the largest of the stages.")
+    columns = ("", "Seconds", "Tokens", "Peak MB", "Steps")
+    return Table(
+        "Cost",
+        columns,
+        tuple(rows),
+        "Tokens processed and optimizer steps made in training; the peak of memory is the largest of the stages.",
+    )
 
 
 def _cost_cells(cost: Cost) -> tuple[Cell, ...]:

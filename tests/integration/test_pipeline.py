@@ -45,6 +45,17 @@ def test_pipeline_leaves_every_stage_and_a_report(finished: Path) -> None:
     assert (finished / "reward" / "reward_model" / "reward_head.safetensors").is_file()
     for name in ("EVAL_REPORT.md", "report.html", "report.json", "samples.jsonl"):
         assert (finished / "eval" / name).stat().st_size > 0
+    # PPO was watched, gold included, and the report says so.
+    verdicts = json.loads((finished / "ppo" / "hacking.json").read_text())["verdicts"]
+    assert {"length", "gold", "held_out_gap"} <= {verdict["sign"] for verdict in verdicts}
+    report = (finished / "eval" / "EVAL_REPORT.md").read_text()
+    for words in (
+        "## What failed",
+        "### ppo, while it trained: ",
+        "### dpo, after training: ",
+        "| Cost of training, seconds |",
+    ):
+        assert words in report
     for stage in ("sft", "reward", "dpo", "ppo"):
         info = json.loads((finished / stage / "run.json").read_text())
         assert info["status"] == "finished" and info["cost"]["optimizer_steps"] > 0

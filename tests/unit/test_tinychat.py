@@ -21,6 +21,7 @@ from rlhf.data.tinychat import (
     facts,
     functions,
     gold_reward,
+    is_task_of,
     make_tasks,
     preference_pairs,
     prompt_rows,
@@ -116,6 +117,15 @@ def test_a_task_survives_a_row() -> None:
         again = Task.from_row(json.loads(json.dumps(row)))
         assert again == Task.from_row(row)
         assert row["prompt"] == [{"role": "user", "content": again.prompt}]
+
+
+def test_a_task_is_known_by_its_form_and_its_prompt() -> None:
+    (row,) = prompt_rows("train", 1, seed=0)
+    task, asked = row["task"], row["task"]["prompt"]
+    assert is_task_of(task, row["prompt"]) and is_task_of(json.loads(json.dumps(task)), asked)
+    assert not is_task_of(task, "Another question?")
+    for foreign in (None, "summarize", {"id": "7"}, task | {"level": 3}, task | {"family": "poetry"}):
+        assert not is_task_of(foreign, asked)
 
 
 def test_a_foreign_row_is_refused_by_name() -> None:
