@@ -51,6 +51,7 @@ class Work:
     steps: int
     passes: float
     step_tokens: int | None = None  # null: as counted
+    tolerance: float = LOSS_TOLERANCE
 
     def peer(self, name: str, folder: Path) -> list[str]:
         kind = [name] if self.script == "offline.py" else []
@@ -58,11 +59,15 @@ class Work:
 
 
 # Passes: forward 1, forward and backward 2; DPO's reference is one more. PPO: generation, score, reference, 4 epochs.
+# KTO: 3 over the rows themselves, 2 over as many tokens of mismatched ones. GRPO: generation, reference, 1 epoch.
 WORKS = {
     "ppo": Work("ppo.py", "ppo", 3, 3 + 4 * 2, ROLLOUT_TOKENS),
     "sft": Work("offline.py", "current", 16, 2),
     "rm": Work("offline.py", "current", 16, 2),
     "dpo": Work("offline.py", "current", 16, 3),
+    "kto": Work("offline.py", "current", 8, 2.5),
+    # Its losses are small: advantages add up to nothing until the policy has moved.
+    "grpo": Work("grpo.py", "current", 4, 1 + 1 + 2, ROLLOUT_TOKENS, tolerance=1e-5),
     "generate": Work("generate.py", "current", 4, 1, GENERATED_TOKENS),
 }
 
@@ -92,11 +97,13 @@ class Comparison:
     def check(self, names: list[str]) -> None:
         """The same losses from the same batch, and for PPO the same log-probabilities."""
         for name in names:
-            if name in ("sft", "rm", "dpo"):
-                mine = self.ours(name, 3, "fp32", "--same-batch")["losses"]
-                theirs = self.peer(name, 3, "--same-batch")["losses"]
+            if name in ("sft", "rm", "dpo", "kto", "grpo"):
+                # KTO's steps are the same on both sides anyway, and one batch would be in another order every time.
+                flags, batch = ((), "the same rows") if name == "kto" else (("--same-batch",), "one batch")
+                mine = self.ours(name, 3, "fp32", *flags)["losses"]
+                theirs = self.peer(name, 3, *flags)["losses"]
                 apart = max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
-                self.console.print(f"{name}: losses of three steps on one batch {mine}, the peer's {theirs}")
+                self.console.print(f"{name}: losses of three steps on {batch} {mine}, the peer's {theirs}")
             elif name == "ppo":
                 mine = self.ours("logprobs", 1, "fp32")["mean_logprob"]
                 theirs = self.peer(name, 1, "--logprobs")["mean_logprob"]
@@ -104,7 +111,7 @@ class Comparison:
                 self.console.print(f"ppo: mean log-prob of fixed rows {mine}, the peer's {theirs}")
             else:
                 continue
-            if apart > LOSS_TOLERANCE:
+            if apart > WORKS[name].tolerance:
                 raise SystemExit(f"{name}: the two sides differ by {apart} on the same batch: this is not equal work")
 
     def pair(self, name: str, index: int) -> dict[str, Any]:
@@ -198,7 +205,7 @@ def prepare(data: Path) -> None:
             pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             subprocess.run([*pip, "-r", str(wanted)], check=True)
             done.write_text(wanted.read_text())
-    if not (WORK / "model" / "prompts.jsonl").is_file():
+    if not all((WORK / "model" / name).is_file() for name in ("prompts.jsonl", "labelled.jsonl")):
         check_data(data)
         build(WORK / "model", data)
 

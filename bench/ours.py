@@ -1,8 +1,9 @@
 """Our side of the benchmark: python bench/ours.py KIND FOLDER STEPS [--dtype bf16] [--value-adapter] [--same-batch].
 
-KIND is sft, rm, dpo, ppo or generate; FOLDER comes from `workload.py`. The recipes run as `rlhf` runs them; what is
-timed is their `train`: everything from the first batch to the saved policy, DPO's reference pass and the checkpoint
-included. The last line printed is one JSON object. `--same-batch` trains on the same first rows in every step.
+KIND is sft, rm, dpo, kto, ppo, grpo or generate; FOLDER comes from `workload.py`. The recipes run as `rlhf` runs them;
+what is timed is their `train`: everything from the first batch to the saved policy, reference passes and the checkpoint
+included. The last line printed is one JSON object. `--same-batch` trains on the same first rows in every step; grpo
+makes STEPS updates from answers that are given then, not drawn.
 Two kinds are for holding results beside others': logprobs, and answers (tokens drawn for the first prompts).
 """
 
@@ -19,28 +20,37 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file
 from static_decode import BACKENDS, StaticPolicy
-from workload import MAX_LENGTH, PROMPT_TOKENS
+from workload import MAX_LENGTH, PROMPT_TOKENS, TARGET_WORDS
 
 from rlhf.algo.kl import KLConfig
-from rlhf.algo.trainer import OptimizerConfig
+from rlhf.algo.trainer import OptimizerConfig, StepReport, Trainer
 from rlhf.data.chat import ChatEncoder
+from rlhf.data.collate import pad_left
 from rlhf.data.data_config import DataConfig, InstructionDataConfig, PromptDataConfig
+from rlhf.data.order import epoch_order
 from rlhf.infra.config import Config
 from rlhf.infra.device import resolve_device
 from rlhf.infra.experiment import Run, RunConfig
-from rlhf.infra.profiling import peak_memory_mb
+from rlhf.infra.profiling import PhaseTimer, peak_memory_mb
 from rlhf.models.backbone import ModelConfig
 from rlhf.models.decoding import GenerationConfig
 from rlhf.models.policy import Policy
-from rlhf.recipes import dpo, ppo, reward, sft
+from rlhf.recipes import dpo, grpo, kto, ppo, reward, sft
+from rlhf.recipes.grpo_config import GRPOConfig, GRPOKLConfig, GRPOSettings
 from rlhf.recipes.launch import launch
+from rlhf.recipes.online_report import OnlineReport
+from rlhf.recipes.online_state import Progress, Rollout
 from rlhf.recipes.ppo_config import PPOConfig, PPOSettings
+from rlhf.recipes.rollouts import OnlineParts
 from rlhf.recipes.stages import LoadedPolicy, load_policy
 from rlhf.recipes.supervised import TrainingConfig
+from rlhf.rewards.protocol import RewardTermConfig
 from rlhf.rollout.sampler import Sampler
+from rlhf.rollout.trajectory import Trajectory
 
 Parts = TypeVar("Parts")
 ROWS, ROLLOUT, NEW_TOKENS, GENERATED = 8, 32, 48, 64
+GROUP = 8
 # Rows of like length side by side, in passes that leave the activations in the cache.
 MICRO_BATCH = {"fp32": 1024, "bf16": 2048}
 
@@ -48,15 +58,13 @@ MICRO_BATCH = {"fp32": 1024, "bf16": 2048}
 class Bench:
     """The settings of one measurement."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.folder, self.steps, self.dtype = Path(arguments.folder), arguments.steps, arguments.dtype
-        self.value_adapter, self.same_batch = arguments.value_adapter, arguments.same_batch
-        self.device, self.static = resolve_device(arguments.device), arguments.static
-        self.new_tokens = arguments.new_tokens
-        self.micro_batch = arguments.micro_batch or MICRO_BATCH[arguments.dtype]
-        self.model = ModelConfig(
-            load_in_4bit=arguments.load_in_4bit, gradient_checkpointing=arguments.gradient_checkpointing
-        )
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.folder, self.steps, self.dtype = Path(asked.folder), asked.steps, asked.dtype
+        self.value_adapter, self.same_batch = asked.value_adapter, asked.same_batch
+        self.device, self.static = resolve_device(asked.device), asked.static
+        self.new_tokens = asked.new_tokens
+        self.micro_batch = asked.micro_batch or MICRO_BATCH[asked.dtype]
+        self.model = ModelConfig(load_in_4bit=asked.load_in_4bit, gradient_checkpointing=asked.gradient_checkpointing)
         self._scratch = tempfile.TemporaryDirectory(prefix="rlhf-bench-")  # removed with the last reference to it
         self.scratch = Path(self._scratch.name)
 
@@ -66,7 +74,7 @@ class Bench:
     def rows(self, name: str, count: int) -> tuple[str]:
         """A file of the first `count` rows, or of those of one step."""
         lines = (self.folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = lines[: ROWS if self.same_batch else count]
+        kept = lines[: min(ROWS, count) if self.same_batch else count]
         path = self.scratch / name
         path.write_text("".join(kept), encoding="utf-8")
         return (str(path),)
@@ -82,6 +90,20 @@ class Bench:
     def pairs(self) -> DataConfig:
         files = self.rows("pairs.jsonl", ROWS * self.steps)
         return DataConfig(train_files=files, max_length=MAX_LENGTH, min_length=1, validation_fraction=0.0)
+
+    def labelled(self) -> DataConfig:
+        """Answers with a label in such an order that the recipe's shuffling gives the steps that the peer's has.
+
+        The peer takes the file as it is and puts an answer behind the prompt of the row after its own, in a round of
+        the step; ours behind that of the row before. So within a step the rows stand the other way round.
+        """
+        path = Path(self.rows("labelled.jsonl", ROWS * self.steps)[0])
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        placed = dict(zip(epoch_order(len(lines), RunConfig().seed, 0), range(len(lines)), strict=True))
+        steps = [lines[start : start + ROWS][::-1] for start in range(0, len(lines), ROWS)]
+        wanted = [line for step in steps for line in step]
+        path.write_text("".join(wanted[placed[row]] for row in range(len(lines))), encoding="utf-8")
+        return DataConfig(train_files=(str(path),), max_length=MAX_LENGTH, min_length=1, validation_fraction=0.0)
 
     def loaded(self) -> LoadedPolicy:
         return load_policy(str(self.folder / "start"), self.model, self.scratch, self.device, self.dtype)
@@ -204,6 +226,97 @@ def run_ppo(bench: Bench) -> dict[str, Any]:
     return bench.timed("ppo", config, ppo.prepare, ppo.train)
 
 
+def run_kto(bench: Bench) -> dict[str, Any]:
+    config = kto.KTOConfig(
+        run=bench.run(),
+        policy=str(bench.folder / "start"),
+        model=bench.model,
+        data=bench.labelled(),
+        training=bench.training(),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+    )
+    return bench.timed("kto", config, kto.prepare, kto.train)
+
+
+def run_grpo(bench: Bench) -> dict[str, Any]:
+    num_prompts = ROLLOUT // GROUP
+    config = GRPOConfig(
+        run=bench.run(),
+        policy=str(bench.folder / "start"),
+        model=bench.model,
+        rewards=[RewardTermConfig(name="length_penalty", arguments={"target_words": TARGET_WORDS, "per_word": 1.0})],
+        data=PromptDataConfig(
+            train_files=bench.rows("prompts.jsonl", num_prompts if bench.same_batch else num_prompts * bench.steps),
+            max_prompt_length=PROMPT_TOKENS,
+            validation_fraction=0.0,
+        ),
+        generation=GenerationConfig(max_new_tokens=bench.new_tokens),
+        grpo=GRPOSettings(
+            num_iterations=1 if bench.same_batch else bench.steps,
+            num_prompts=num_prompts,
+            num_generations=GROUP,
+            num_epochs=bench.steps if bench.same_batch else 1,
+            max_tokens_per_micro_batch=bench.micro_batch,
+            recompute_logprobs=bench.same_batch,
+        ),
+        kl=GRPOKLConfig(coefficient=0.05),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+    )
+    losses: list[float] = []
+
+    def train_on_given_answers(config: GRPOConfig, run: Run, parts: OnlineParts) -> tuple[int, int]:
+        algorithm = grpo.GRPO(config, run, parts)
+        algorithm.rollouts.sampler = GivenAnswers(bench, parts.policy)
+        algorithm.report = EveryLoss(run, run.timer, losses)
+        progress = algorithm.train()
+        return algorithm.updates.trainer.step_count, progress.tokens
+
+    measured = bench.timed("grpo", config, grpo.prepare, train_on_given_answers if bench.same_batch else grpo.train)
+    return measured | ({"losses": losses} if bench.same_batch else {})
+
+
+class GivenAnswers(Sampler):
+    """Draws nothing: answer k of prompt n is the start of prompt 4 + 8 n + k, k tokens short of all 48.
+
+    Prompts are numbered as they stand in the workload; their log-probabilities are for the recipe to compute.
+    """
+
+    def __init__(self, bench: Bench, policy: Policy) -> None:
+        super().__init__(policy, GenerationConfig(max_new_tokens=bench.new_tokens), [])
+        encoder = ChatEncoder(policy.backbone.tokenizer)
+        lines = (bench.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        self.known = encoder.prompt_ids_batch(
+            [json.loads(line)["prompt"] for line in lines[: ROLLOUT + ROLLOUT // GROUP]]
+        )
+
+    def sample(self, prompts: Sequence[Sequence[int]], seed: int) -> Trajectory:
+        answers, pad = [], self.policy.backbone.tokenizer.pad_token_id
+        for row, prompt in enumerate(prompts):
+            number, k = self.known.index(list(prompt)), row % GROUP
+            answers.append(self.known[ROLLOUT // GROUP + GROUP * number + k][: self.config.max_new_tokens - k])
+        width = max(map(len, answers))
+        ids_BR = torch.tensor([[*answer, *[pad] * (width - len(answer))] for answer in answers])
+        mask_BR = torch.arange(width) < torch.tensor([[len(answer)] for answer in answers])
+        nothing_BR = torch.zeros(ids_BR.shape)
+        batch = pad_left([list(prompt) for prompt in prompts], pad)
+        tensors = (batch.input_ids_BP, batch.attention_mask_BP, ids_BR, mask_BR, nothing_BR, nothing_BR)
+        on_device = (tensor.to(self.policy.backbone.device) for tensor in tensors)
+        unfinished_B = torch.zeros(len(answers), dtype=torch.bool, device=self.policy.backbone.device)
+        return Trajectory(*on_device, None, unfinished_B, self.config.temperature)
+
+
+class EveryLoss(OnlineReport):
+    """Keeps the loss of every update, where the log has their mean."""
+
+    def __init__(self, run: Run, timer: PhaseTimer, losses: list[float]) -> None:
+        super().__init__(run, timer)
+        self.losses = losses
+
+    def log(self, progress: Progress, rollout: Rollout, updates: Sequence[StepReport], trainer: Trainer) -> None:
+        self.losses += [update.loss for update in updates]
+        super().log(progress, rollout, updates, trainer)
+
+
 def run_generate(bench: Bench) -> dict[str, Any]:
     loaded = bench.loaded()
     ids, sampler, tokens = bench.prompt_ids(loaded, GENERATED), bench.sampler(loaded), 0
@@ -256,15 +369,17 @@ KINDS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "sft": run_sft,
     "rm": run_rm,
     "dpo": run_dpo,
+    "kto": run_kto,
     "ppo": run_ppo,
+    "grpo": run_grpo,
     "generate": run_generate,
     "logprobs": run_logprobs,
     "answers": run_answers,
 }
 
 
-def measure(words: Sequence[str] | None = None) -> dict[str, Any]:
-    """One measurement; `words` are the command's arguments."""
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """What was asked for; `words` are the command's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=sorted(KINDS))
     parser.add_argument("folder")
@@ -278,10 +393,15 @@ def measure(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--micro-batch", type=int, help="tokens of one pass; default: as is best for the small model")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--static", choices=sorted(BACKENDS), help="sample with fixed shapes, compiled so")
-    arguments = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def measure(words: Sequence[str] | None = None) -> dict[str, Any]:
+    """One measurement; `words` are the command's arguments."""
+    asked = arguments(words)
     torch.compiler.reset()  # of what an earlier measurement in this process compiled
-    bench = Bench(arguments)
-    measured = KINDS[arguments.kind](bench)
+    bench = Bench(asked)
+    measured = KINDS[asked.kind](bench)
     measured["s_per_step"] = measured["seconds"] / measured["steps"]
     measured["peak_mb"] = peak_memory_mb(bench.device)
     return measured

@@ -54,6 +54,8 @@ SHAPE = {
 }
 LORA = LoRAConfig(r=8, lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"])
 NUM_ROWS = 512
+# GRPO's answers are held against this many words.
+TARGET_WORDS = 30
 
 
 def build(folder: Path, data: Path) -> None:
@@ -114,6 +116,7 @@ def write_rows(folder: Path, rows: list[dict[str, str]], tokenizer: PreTrainedTo
     pairs = [row for row in rows if _fits(row, tokenizer)][:NUM_ROWS]
     _write(folder / "pairs.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs])
     _write(folder / "answers.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
+    _write(folder / "labelled.jsonl", list(_labelled(pairs, tokenizer)))
     _write(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in _prompts(rows, tokenizer)][:NUM_ROWS])
 
 
@@ -143,6 +146,17 @@ def _fits(row: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> bool:
     # One place for the end of the answer.
     texts = [row["prompt"] + row[side] for side in ("chosen", "rejected")]
     return all(len(ids) < MAX_LENGTH for ids in tokenizer(texts)["input_ids"])
+
+
+def _labelled(pairs: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, Any]]:
+    """Of every pair one side with its label, good and bad in turn, so short that it fits behind any other's prompt."""
+    good = True
+    for row in pairs:
+        completion = row["chosen" if good else "rejected"]
+        prompt_tokens, answer_tokens = (len(ids) for ids in tokenizer([row["prompt"], completion])["input_ids"])
+        if prompt_tokens <= MAX_LENGTH // 2 and answer_tokens < MAX_LENGTH // 2:
+            yield {"prompt": row["prompt"], "completion": completion, "label": good}
+            good = not good
 
 
 def _prompts(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:

@@ -1,9 +1,10 @@
-"""The peer's SFT, reward modelling and DPO.
+"""The peer's SFT, reward modelling, DPO and KTO.
 
     python bench/peer/offline.py KIND FOLDER STEPS [--bf16] [--same-batch] [--device cuda]
 
-Runs in an environment of its own with the current TRL; FOLDER comes from `bench/workload.py`, KIND is sft, rm or dpo.
-The trainers keep their defaults wherever those are not part of the work. The last line printed is one JSON object.
+Runs in an environment of its own with the current TRL; FOLDER comes from `bench/workload.py`, KIND is sft, rm, dpo or
+kto. The trainers keep their defaults wherever those are not part of the work; KTO's takes its rows in the file's order.
+The last line printed is one JSON object.
 """
 
 import argparse
@@ -22,7 +23,7 @@ ROWS = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=["sft", "rm", "dpo"])
+    parser.add_argument("kind", choices=["sft", "rm", "dpo", "kto"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("steps", type=int)
     parser.add_argument("--bf16", action="store_true")
@@ -31,7 +32,7 @@ def main() -> None:
     asked = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(asked.folder / "policy")
-    name = "answers.jsonl" if asked.kind == "sft" else "pairs.jsonl"
+    name = {"sft": "answers.jsonl", "kto": "labelled.jsonl"}.get(asked.kind, "pairs.jsonl")
     rows = [json.loads(line) for line in (asked.folder / name).read_text(encoding="utf-8").splitlines()]
     rows = rows[: ROWS if asked.same_batch else ROWS * asked.steps]
     data = Dataset.from_list(rows)
@@ -58,12 +59,15 @@ def main() -> None:
             model=model, args=RewardConfig(**settings), processing_class=tokenizer, train_dataset=data
         )
     else:
-        from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+        from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
         base = AutoModelForCausalLM.from_pretrained(asked.folder / "policy", dtype=torch.float32)
         model = PeftModel.from_pretrained(base, asked.folder / "start", is_trainable=True)
-        kind = (SFTTrainer, SFTConfig) if asked.kind == "sft" else (DPOTrainer, DPOConfig)
-        trainer = kind[0](model=model, args=kind[1](**settings), processing_class=tokenizer, train_dataset=data)
+        kinds = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig), "kto": (KTOTrainer, KTOConfig)}
+        make_trainer, make_config = kinds[asked.kind]
+        trainer = make_trainer(
+            model=model, args=make_config(**settings), processing_class=tokenizer, train_dataset=data
+        )
 
     started = time.perf_counter()
     trainer.train()
@@ -71,7 +75,7 @@ def main() -> None:
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     columns = [name for name in trainer.train_dataset.column_names if name.endswith("_ids")]
     tokens = sum(len(ids) for name in columns for ids in trainer.train_dataset[name])
-    if "prompt_ids" in columns:  # stands before both answers
+    if "prompt_ids" in columns:  # stands before both answers: chosen and rejected, or its own and a stranger's
         tokens += sum(len(ids) for ids in trainer.train_dataset["prompt_ids"])
     print(
         json.dumps(

@@ -137,7 +137,11 @@ class GRPO:
         def of_micro_batch(micro: Experience) -> LossOutput:
             trajectory, mask_BR = micro.trajectory, micro.trajectory.response_mask_BR
             now = self.policy.response_statistics(
-                trajectory.input_ids_BT, trajectory.attention_mask_BT, mask_BR, trajectory.temperature
+                trajectory.input_ids_BT,
+                trajectory.attention_mask_BT,
+                mask_BR,
+                trajectory.temperature,
+                entropy_gradient=settings.entropy_coef > 0,
             )
             weights = weights_B1(trajectory.lengths_B)
             log_ratio_BR = now.logprobs_BR - trajectory.logprobs_BR
