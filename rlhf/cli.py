@@ -38,8 +38,8 @@ ConfigOption = Annotated[
 Recipe = Annotated[
     str,
     typer.Argument(
-        help="pretrain, sft, rm, prm, prm-label, dpo, kto, ppo, grpo, pairs, online-dpo, best-of-n, eval, pipeline or "
-        "ablate.",
+        help="pretrain, sft, rm, prm, prm-label, dpo, kto, ppo, grpo, pairs, online-dpo, best-of-n, eval, pipeline, "
+        "ablate or overoptimize.",
         show_default=False,
         metavar="RECIPE",
     ),
@@ -185,6 +185,22 @@ def best_of_n(config: ConfigOption = None, overrides: Overrides = None) -> None:
     _say(run)
     if run.stop_reason is None:
         typer.echo(f"kept: {run.folder / BEST}; pairs: {run.folder / PAIRS}")
+
+
+@app.command()
+def overoptimize(config: ConfigOption = None, overrides: Overrides = None) -> None:
+    """Fit the over-optimisation law to gold against KL: of PPO and GRPO runs, best-of-n pools or files of points."""
+    from rlhf.eval.overoptimisation_report import PLOT, REPORT, cautions, verdict
+    from rlhf.infra.config import load_config
+    from rlhf.recipes.overoptimize import OveroptimizeConfig, run_overoptimize
+
+    run, fits = run_overoptimize(load_config(OveroptimizeConfig, config, overrides or ()))
+    for fit in fits:
+        typer.echo(f"{fit.curve.name}: {verdict(fit)}")
+        for sentence in cautions(fit):
+            typer.echo(f"  note: {sentence}")
+    _say(run)
+    typer.echo(f"report: {run.folder / REPORT}; figure: {run.folder / PLOT}")
 
 
 @app.command("eval")

@@ -18,6 +18,24 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def kl_by_ties(scores_KN: Tensor, n: int) -> Tensor:
+    """What equal scores take off the KL of the best of n (K,), in nats, where the N answers are all that is ever drawn.
+
+    Of levels with shares p and of the answers up to each F, the best of n lies on a level with q = F^n - (F - p)^n, so
+    its KL is the sum of q log(q / p), since within a level each answer is as likely as before. This is that sum for N
+    different scores less that for the scores as they are: 0 without ties, all of the KL where all are equal.
+    """
+    num = scores_KN.shape[1]
+    below_KN = (scores_KN.unsqueeze(2) > scores_KN.unsqueeze(1)).double().mean(dim=2)
+    share_KN = (scores_KN.unsqueeze(2) == scores_KN.unsqueeze(1)).double().mean(dim=2)
+    chosen_KN = (below_KN + share_KN) ** n - below_KN**n
+    # Each of a level's answers carries its part of the level's term.
+    tied_K = (chosen_KN / (share_KN * num) * (chosen_KN / share_KN).log()).sum(dim=1)
+    edges = torch.arange(num + 1, dtype=torch.float64, device=scores_KN.device) / num
+    apart = edges[1:] ** n - edges[:-1] ** n
+    return (apart * (apart * num).log()).sum() - tied_K
+
+
 def expected_best(scores_KN: Tensor, worths_KN: Tensor, n: int) -> Tensor:
     """Mean worth (K,) of the answer with the highest score among n, over all ways of drawing n of the N.
 

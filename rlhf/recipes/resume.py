@@ -21,6 +21,7 @@ from rlhf.recipes.judge_validate import ValidateConfig, run_validate
 from rlhf.recipes.kto import KTOConfig, run_kto
 from rlhf.recipes.online_dpo import run_online_dpo
 from rlhf.recipes.online_dpo_config import OnlineDPOConfig
+from rlhf.recipes.overoptimize import OveroptimizeConfig, run_overoptimize
 from rlhf.recipes.pairs import run_pairs
 from rlhf.recipes.pairs_config import PairsConfig
 from rlhf.recipes.pipeline import PipelineConfig
@@ -52,6 +53,7 @@ CONFIGS: dict[str, type[Config]] = {
     "eval": EvaluateConfig,
     "judge_compare": CompareConfig,
     "judge_validate": ValidateConfig,
+    "overoptimize": OveroptimizeConfig,
     "pipeline": PipelineConfig,
     "ablate": AblationConfig,
 }
@@ -107,12 +109,14 @@ def resume_run(folder: Path, composed: Callable[[PipelineConfig | AblationConfig
         return run_online_dpo(config, folder)
     # Evaluating and judging have no half-way state but the answers and replies in the cache.
     again = {"overwrite": True, "name": folder.name, "output_dir": folder.parent}
-    assert isinstance(config, EvaluateConfig | RewardReportConfig | CompareConfig | ValidateConfig)
+    assert isinstance(config, EvaluateConfig | RewardReportConfig | CompareConfig | ValidateConfig | OveroptimizeConfig)
     anew = config.model_copy(update={"run": config.run.model_copy(update=again)})
     if isinstance(anew, CompareConfig):
         return run_compare(anew)[0]
     if isinstance(anew, ValidateConfig):
         return run_validate(anew)[0]
+    if isinstance(anew, OveroptimizeConfig):
+        return run_overoptimize(anew)[0]
     if isinstance(anew, RewardReportConfig):
         return run_reward_report(anew)[0]
     return run_eval(anew)[0]

@@ -36,6 +36,7 @@ from rlhf.recipes.judge_validate import run_validate
 from rlhf.recipes.judging import REPLIES
 from rlhf.recipes.kto import run_kto
 from rlhf.recipes.online_dpo import run_online_dpo
+from rlhf.recipes.overoptimize import run_overoptimize
 from rlhf.recipes.pairs import run_pairs
 from rlhf.recipes.pipeline import PipelineConfig, WorldConfig, write_world
 from rlhf.recipes.ppo import run_ppo
@@ -66,6 +67,7 @@ RUNNERS: dict[str, Callable[..., Any]] = {
     "judge_compare": run_compare,
     "judge_validate": run_validate,
     "ablate": run_ablation,
+    "overoptimize": run_overoptimize,
 }
 TEMPLATE = (
     "{% for m in messages %}{{ 'a ' if m['role'] == 'assistant' else 'the ' }}{{ m['content'] }}{{ ' <end> ' }}"
@@ -195,6 +197,12 @@ def write_data(folder: Path) -> dict[str, object]:
     (folder / "mine.py").write_text(FUNCTIONS, encoding="utf-8")
     (folder / "instructions.txt").write_text("Say [[A]], [[B]] or [[C]].", encoding="utf-8")
     files |= {"functions": folder / "mine.py", "instructions": folder / "instructions.txt"}
+    for name, bend in (("points", 0.1), ("more_points", 0.2)):
+        lines = [[kl, kl**0.5 - bend * kl, kl**0.5] for kl in (0, 0.2, 0.5, 1.1, 1.8, 2.7, 4)]
+        table = [[*line, 2 * line[0], 3 * line[1], 1 - line[2] ** 3] for line in lines]
+        text = "kl,gold,proxy,nats,truth,score\n" + "".join(",".join(map(str, line)) + "\n" for line in table)
+        (folder / f"{name}.csv").write_text(text, encoding="utf-8")
+        files[name] = folder / f"{name}.csv"
     return {**files, "splits": folder / "splits", "step_splits": folder / "step_splits"}
 
 

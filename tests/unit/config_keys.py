@@ -49,6 +49,7 @@ from rlhf.recipes.judging import (
 from rlhf.recipes.kto import KTOConfig
 from rlhf.recipes.online_config import SamplingConfig
 from rlhf.recipes.online_dpo_config import OnlineDPOConfig, RefreshConfig, RoundSettings
+from rlhf.recipes.overoptimize import CurveConfig, OveroptimizeConfig
 from rlhf.recipes.pairs_config import ComparisonSettings, PairsConfig, PairSettings
 from rlhf.recipes.pipeline import WorldConfig
 from rlhf.recipes.ppo_config import PPOSettings
@@ -132,6 +133,7 @@ BASE = {
     "ablate": ["policy={base}", "reward_model={reward}", "methods=[dpo]", "seeds=[0]", "lengths={{dpo: 1}}",
                "pairs.train_files={pairs}", "pairs.min_length=1", "generation.max_new_tokens=6",
                "evaluate.data.train_files={pairs}", "evaluate.suite.num_heldout=8"],
+    "overoptimize": ["curves=[{{sources: '{points}', law: rl}}]", "num_resamples=200"],
 }  # fmt: skip
 SHARED = ["run.name=run", "run.output_dir={runs}", "run.device=cpu", "run.num_threads=1", "data.train_files={pairs}"]
 FULL, ALL_TOKENS = ("model.train=full",), ("data.train_on=every_token",)
@@ -152,7 +154,7 @@ GATED = (".rule=gate", ".gate=target_string")
 ENSEMBLE_REWARD = ("rewards=[{{name: model}}]", "reward_model={ensemble}")
 PENALISED = ("rewards=[{{name: model, rule: penalised}}]", "reward_model={ensemble}")
 RULES_WITHOUT_ARGUMENTS = ("rewards=[{{name: keyword_sentiment}}]",)
-READS_NO_ROWS = ("judge_compare", "judge_validate", "ablate")  # of the `data` section that SHARED names
+READS_NO_ROWS = ("judge_compare", "judge_validate", "ablate", "overoptimize")  # of the `data` section in SHARED
 LENGTH_JUDGE, COLUMN_JUDGE = ("judges=[{{kind: length}}]",), ("judges=[{{kind: column, column: finished}}]",)
 TWO_JUDGES = ("judges=[{{kind: length}}, {{kind: length, prefer: shorter}}]",)
 REWARD_JUDGE = ("judges=[{{kind: reward_model, source: {reward}}}]",)
@@ -636,6 +638,25 @@ CASES: dict[type[BaseModel], dict[str, list[Case]]] = {
         "max_pairs": [Changes("3")],
         "title": [Changes("Another title")],
     },
+    CurveConfig: {
+        "sources": [
+            Changes("{more_points}"),
+            Fails("nobody", "there is no run 'nobody'"),
+            Refused("[]", "no points without a source"),
+        ],
+        "name": [Changes("another")],
+        "law": [Changes("best_of_n"), Fails("null", "say law: rl or best_of_n")],
+        "kl": [Changes("nats")],
+        "gold": [Changes("truth")],
+        "proxy": [Changes("score")],
+        "start": [Changes("measured")],
+        "max_kl": [Changes("3")],
+    },
+    OveroptimizeConfig: {
+        "curves": [Changes("[{{sources: '{more_points}', law: rl}}]"), Fails("[]", "curves names nothing to fit")],
+        "num_resamples": [Changes("300")],
+        "title": [Changes("Another title")],
+    },
     RewardReportConfig: {
         "reward_model": [Changes("{other_reward}"), Fails("nobody", "nobody")],
         "num_pairs": [Changes("5")],
@@ -816,6 +837,12 @@ IN_ONE_RECIPE: dict[str, dict[str, list[Case]]] = {
                 ("use_rslora", "true", "frozen"),
             ]
         },
+    },
+    "overoptimize": {
+        **{f"run.{name}": [Refused("1", IDLE)] for name in ("max_minutes", "save_every_steps", "keep_checkpoints")},
+        "run.profile": [Refused("true", IDLE)],
+        "run.profile_steps": [Refused("[2, 2]", IDLE)],
+        "run.dtype": [Refused("bf16", IDLE)],
     },
     "rm-report": {
         **{f"run.{name}": [Refused("1", IDLE)] for name in ("max_minutes", "save_every_steps", "keep_checkpoints")},

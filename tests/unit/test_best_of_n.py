@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algo.best_of_n import best_of_n_kl, expected_best
+from rlhf.algo.best_of_n import best_of_n_kl, expected_best, kl_by_ties
 
 
 def counted(scores: list[float], worths: list[float], n: int) -> float:
@@ -57,6 +57,23 @@ def test_kl_is_that_of_the_distribution_of_the_best() -> None:
     for n in (1, 2, 8):
         assert best_of_n_kl(n) == pytest.approx(exact(n), abs=2e-3)
     assert best_of_n_kl(1) == 0 and math.isclose(best_of_n_kl(2), math.log(2) - 0.5)
+
+
+def test_ties_take_off_what_drawing_with_them_says() -> None:
+    def drawn(scores: list[float], n: int) -> float:
+        """KL from one answer in N of the best of n draws, a coin among the best, over all N^n of them."""
+        shares = [0.0] * len(scores)
+        for places in product(range(len(scores)), repeat=n):
+            best = [i for i in places if scores[i] == max(scores[j] for j in places)]
+            for i in best:
+                shares[i] += 1 / len(best) / len(scores) ** n
+        return sum(share * math.log(share * len(scores)) for share in shares)
+
+    rows = [[0.1, 0.9, 0.5, 0.7], [0.1, 0.1, 0.5, 0.7], [0.3, 0.3, 0.3, 0.9], [2.0, 2.0, 2.0, 2.0]]
+    for n in (1, 2, 3):
+        expected = [drawn(rows[0], n) - drawn(row, n) for row in rows]
+        assert kl_by_ties(torch.tensor(rows), n).tolist() == pytest.approx(expected, abs=1e-12)
+    assert float(kl_by_ties(torch.zeros(1, 4000), 4)) == pytest.approx(best_of_n_kl(4), abs=1e-3)
 
 
 def test_what_cannot_be_asked_is_refused() -> None:

@@ -35,6 +35,7 @@ DATA = ("pairs", "more", "renamed", "hh", "chats", "steps", "more_steps", "renam
 PLACES = {name: f"somewhere/{name}" for name in NAMES} | {name: f"{name}.jsonl" for name in DATA}
 PLACES |= {name: f"{name}.jsonl" for name in ("answers", "other_answers", "labelled", "more_labelled")}
 PLACES |= {"server": "http://127.0.0.1:1/v1", "key_variable": "A_KEY", "functions": "mine.py"}
+PLACES |= {"points": "points.csv", "more_points": "more_points.csv"}
 PLACES |= {"absent_device": "cuda", "splits": "some/splits", "step_splits": "some/steps"}
 
 
