@@ -30,6 +30,7 @@ HOSTILE = "</article></script><script>alert(1)</script><img src=x onerror=\"docu
 FAMILIES = ("arithmetic", "sa\"fe'ty", "code <b>", "facts")
 MODELS = ("base", "sft", "dpo", "p'p\"o")
 ARGUMENTS = ["--no-sandbox", "--disable-quic", "--disable-background-networking"]
+PATIENCE = 180_000  # milliseconds: a machine with much else to do opens the page late, and that is no failure
 SHAPES = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
 
 
@@ -86,7 +87,7 @@ def browser() -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS, timeout=PATIENCE)
         yield browser
         browser.close()
 
@@ -101,6 +102,7 @@ class Heard:
 
 def opened(browser: Browser, address: str, width: int, scheme: Literal["light", "dark"]) -> tuple[Page, Heard]:
     page = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme).new_page()
+    page.set_default_timeout(PATIENCE)
     heard = Heard()
     page.on("console", lambda said: heard.complaints.append(f"{said.type}: {said.text}"))
     page.on("pageerror", lambda error: heard.complaints.append(f"error: {error}"))
@@ -236,6 +238,7 @@ def test_hostile_answers_are_text(page: Page) -> None:
 def test_without_a_script_everything_is_there(browser: Browser, address: str) -> None:
     context = browser.new_context(java_script_enabled=False)
     plain = context.new_page()
+    plain.set_default_timeout(PATIENCE)
     plain.goto(address)
     assert plain.locator(".example:visible").count() == 40
     assert not plain.locator("#controls").is_visible()
