@@ -101,6 +101,20 @@ def assert_same_run(found: Path, wanted: Path) -> None:
     assert plain_state(ours) == plain_state(theirs)
 
 
+def assert_same_tree(found: Path, wanted: Path) -> None:
+    """The same of a run whose work is files of rows, and of one that has runs inside it."""
+    for path in sorted(wanted.rglob("*")):
+        ours, name = found / path.relative_to(wanted), path.name
+        if path.is_dir() and (path / "run.json").is_file():
+            assert status(ours) == "finished"
+            if (path / "checkpoints").is_dir():
+                assert_same_run(ours, path)
+        elif name.endswith(".jsonl") and path.parent.name != "logs":
+            assert ours.read_bytes() == path.read_bytes(), ours
+    assert log_lines(found) == log_lines(wanted)
+    assert_same_tensors(found / "policy", wanted / "policy")
+
+
 def assert_same_tensors(found: Path, wanted: Path) -> None:
     files = sorted(path.name for path in wanted.glob("*.safetensors"))
     assert files == sorted(path.name for path in found.glob("*.safetensors"))
@@ -171,7 +185,8 @@ class Workshop:
 
     def settings(self, recipe: str, name: str) -> list[str]:
         """A few steps in which everything that a checkpoint must hold is in use."""
-        data = {"ppo": "prompts", "grpo": "prompts", "sft": "answers", "kto": "thumbs"}.get(recipe, "pairs")
+        data = dict.fromkeys(["ppo", "grpo", "best-of-n", "online-dpo"], "prompts")
+        data = (data | {"sft": "answers", "kto": "thumbs"}).get(recipe, "pairs")
         shared = [
             f"run.output_dir={self.folder}",
             f"run.name={name}",
@@ -179,9 +194,13 @@ class Workshop:
             "run.num_threads=1",
             "run.save_every_steps=1",
             f"data.train_files={self.folder / data}.jsonl",
-            "optimizer.learning_rate=0.01",
-            "optimizer.warmup_ratio=0.2",
         ]
+        if recipe == "best-of-n":
+            return [*shared, *self._sampled(), "best_of_n.num_answers=3", "best_of_n.prompts_at_once=9"]
+        shared += ["optimizer.learning_rate=0.01", "optimizer.warmup_ratio=0.2"]
+        if recipe == "online-dpo":
+            rounds = ["rounds.num_rounds=2", "rounds.num_prompts=9", "rounds.cut_off=as_it_is"]
+            return [*shared, *self._sampled(), *rounds, "training.per_device_train_batch_size=3"]
         if recipe in ("ppo", "grpo"):
             reward = "{name: target_string, arguments: {text: %s}}"
             epochs = {
@@ -219,6 +238,11 @@ class Workshop:
             "training.logging_steps=4",
             *dropout,
         ]
+
+    def _sampled(self) -> list[str]:
+        """Answers of the SFT run, and what they are worth."""
+        reward = "rewards=[{name: target_string, arguments: {text: red}}]"
+        return ["policy=source", "data.validation_fraction=0", reward, "generation.max_new_tokens=5"]
 
     def uninterrupted(self, recipe: str) -> tuple[Path, Ended]:
         if recipe not in self.straight:

@@ -8,13 +8,22 @@ import shutil
 import signal
 
 import pytest
-from fast_some import fast_some
-from killed_runs import Workshop, assert_same_run, chosen, command, log_lines, newest_checkpoint, status
+from killed_runs import (
+    Workshop,
+    assert_same_run,
+    assert_same_tree,
+    chosen,
+    command,
+    log_lines,
+    newest_checkpoint,
+    status,
+)
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and fork exist on Unix only")
 
 RECIPES = ["ppo", "grpo", "sft", "rm", "dpo", "kto"]
 ONLINE = ["ppo", "grpo"]
+BY_PARTS = ["best-of-n", "online-dpo"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +42,7 @@ def goes_on(workshop: Workshop, recipe: str, moment: int) -> None:
         again = workshop.resumed(folder)
         assert again.code == 0, (ended.moments[moment], again.output)
     assert status(folder) == "finished"
-    assert_same_run(folder, straight)
+    (assert_same_tree if recipe in BY_PARTS else assert_same_run)(folder, straight)
     shutil.rmtree(folder)
 
 
@@ -42,13 +51,13 @@ def within(moments: list[str], first: str, last: str) -> list[int]:
     return list(range(moments.index(first), moments.index(last)))
 
 
-@pytest.mark.parametrize("recipe", fast_some(["sft", "rm", "dpo", "kto"], "sft", "dpo"))
+@pytest.mark.parametrize("recipe", ["sft", "rm", "dpo", "kto"])
 def test_c1_a_killed_run_goes_on_bit_for_bit(workshop: Workshop, recipe: str) -> None:
     (moment,) = chosen(workshop.uninterrupted(recipe)[1].moments, "gradients 3")
     goes_on(workshop, recipe, moment)
 
 
-@pytest.mark.parametrize("recipe", fast_some(ONLINE, "ppo"))
+@pytest.mark.parametrize("recipe", ONLINE)
 def test_c1_killed_inside_an_inner_epoch_it_goes_on_bit_for_bit(workshop: Workshop, recipe: str) -> None:
     straight, ended = workshop.uninterrupted(recipe)
     # The third of the four updates of the second iteration, with its gradients there and its weights not yet moved.
@@ -121,3 +130,13 @@ def test_c1_killed_again_and_again(workshop: Workshop, recipe: str, stride: int)
         assert ended.code == -signal.SIGKILL, ended.output
     assert lives > 3 and status(folder) == "finished"
     assert_same_run(folder, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", BY_PARTS)
+def test_c1_answers_and_rounds_killed_all_along(workshop: Workshop, recipe: str) -> None:
+    """Between portions of answers, rounds and their runs, while any of these saves, and before the very end."""
+    moments = workshop.uninterrupted(recipe)[1].moments
+    stride = max(1, len(moments) // 12)
+    for moment in [*range(1, len(moments), stride), len(moments) - 1]:
+        goes_on(workshop, recipe, moment)
