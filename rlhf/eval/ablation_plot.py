@@ -6,6 +6,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from rlhf.eval.intervals import FloatArray
 from rlhf.eval.plots import COLOURS
 
 if TYPE_CHECKING:
@@ -28,14 +31,17 @@ def ablation_png(found: Ablation, path: Path) -> None:
 
     start = fmean(one.score.estimate for one in found.baselines)
     with rc_context({"font.size": 9, "text.parse_math": False}):
-        figure = Figure(figsize=(9.5, 4.8), dpi=110, layout="constrained")
+        height = max(4.8, 1.3 + 0.31 * len(found.summaries))  # what the legend takes
+        figure = Figure(figsize=(9.5, height), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.axhline(start, color=COLOURS[0], linewidth=0.9, linestyle="--")
         axes.plot(0, start, marker="o", color=COLOURS[0], linestyle="none", label="SFT, where all begin")
         for place, summary in enumerate(found.summaries):
             _draw(axes, summary, start, place)
-        axes.set_xlabel("KL to SFT, nats per response")
+        # Gains grow with the root of the KL at first, and one method that went far must not press the others together.
+        axes.set_xscale("function", functions=(_root, _square))
+        axes.set_xlabel("KL to SFT, nats per response (square-root scale)")
         axes.set_ylabel(f"{found.measure} score on held-out prompts")
         axes.grid(True, linewidth=0.5, alpha=0.4)
         axes.legend(
@@ -46,6 +52,14 @@ def ablation_png(found: Ablation, path: Path) -> None:
             title="seconds of training (sampling and scoring)\nlarger marker: more of it sampling",
         )
         figure.savefig(path)
+
+
+def _root(kl: FloatArray) -> FloatArray:
+    return np.sign(kl) * np.sqrt(np.abs(kl))  # an estimate near 0 may lie below it
+
+
+def _square(root: FloatArray) -> FloatArray:
+    return np.sign(root) * np.square(root)
 
 
 def _draw(axes: Axes, summary: Summary, start: float, place: int) -> None:
