@@ -114,13 +114,16 @@ def test_a_run_that_cannot_be_measured(workplace: Path, arguments: Sequence[str]
 def test_ctrl_c_ends_the_worker_and_leaves_nothing(workplace: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = command("sft.yaml", "sft.yaml", "training.max_steps=100000", "training.num_train_epochs=1000000")
-    process = subprocess.Popen(
-        arguments, cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(arguments, cwd=workplace, env=environment, **pipes)  # type: ignore[call-overload]
     runs = workplace / "runs"
-    while not list(runs.glob("bench-*/logs/train.jsonl")) and process.poll() is None:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    try:
+        while not list(runs.glob("bench-*/logs/train.jsonl")) and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=240)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)  # the worker as well, which would train for hours
+        raise
     assert process.returncode == 130, told
     assert list(runs.iterdir()) == []
