@@ -1,4 +1,4 @@
-"""One method of each family, ten seconds of training each, on the bundled model and its world: gold rises for certain."""
+"""One method of each family, ten seconds of training, on the bundled model and its world: gold rises for certain."""
 
 from __future__ import annotations
 
