@@ -114,8 +114,17 @@ def test_a_run_that_cannot_be_measured(workplace: Path, arguments: Sequence[str]
 def test_ctrl_c_ends_the_worker_and_leaves_nothing(workplace: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = command("sft.yaml", "sft.yaml", "training.max_steps=100000", "training.num_train_epochs=1000000")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.Popen(arguments, cwd=workplace, env=environment, **pipes)  # type: ignore[call-overload]
+    process = subprocess.Popen(
+        arguments,
+        cwd=workplace,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A suite that a shell started in the background ignores Ctrl-C, and hands that on to what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     runs = workplace / "runs"
     try:
         while not list(runs.glob("bench-*/logs/train.jsonl")) and process.poll() is None:
