@@ -23,6 +23,7 @@ from rlhf.algo import logprobs
 from rlhf.data.collate import pair_batch, pair_forest
 from rlhf.data.preference_dataset import PreferenceExample
 from rlhf.data.rows import PreferenceRow
+from rlhf.infra import products
 from rlhf.models.backbone import Backbone, ModelConfig
 from rlhf.models.last_mlp import LastMLP
 from rlhf.models.lora_layer import LoRALinear
@@ -103,6 +104,9 @@ def main() -> None:
 
     plain = under(nullcontext)
     without = {
+        "products in fp32 by oneDNN, against MKL": under(
+            lambda: patch.object(products, "blas_leaves_lanes_empty", lambda: False)
+        ),
         "GELU in one pass": under(lambda: spelt_out(policy)),
         "gradient of a frozen head with its logits": under(
             lambda: patch.object(logprobs, "_is_frozen", lambda *_: False)

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from rlhf.infra.products import product
 from rlhf.infra.profiling import per_second
 
 GIGA = 1e9
@@ -19,18 +20,18 @@ def measure_matmul_rate(
 ) -> float:
     """GFLOP/s (2 n^3 per product of n x n matrices) of dense products in this format, with PyTorch's threads as set.
 
-    The fastest product of about `seconds` counts: whatever else runs on the machine can only slow one down. A format
-    without arithmetic of its own on this machine is measured as it is emulated.
+    They are made as `rlhf` makes its own (`infra.products`). The fastest product of about `seconds` counts: whatever
+    else runs on the machine can only slow one down. A format without arithmetic of its own on this machine is measured
+    as it is emulated.
     """
     device = device or torch.device("cpu")
     n = edge or EDGE.get(device.type, 1024)
     generator = torch.Generator().manual_seed(0)  # of its own: measuring must not move a run's random numbers
     left, right = (torch.randn(n, n, generator=generator).to(device, dtype) for _ in range(2))
-    product = torch.empty(n, n, dtype=dtype, device=device)
 
     def one() -> float:
         started = time.perf_counter()
-        torch.mm(left, right, out=product)
+        product(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         elif device.type == "mps":

@@ -37,6 +37,7 @@ from rlhf.infra.device import autocast, torch_dtype
 from rlhf.infra.errors import UserError
 from rlhf.models.adapter_files import TaskType, check_task_type, load_adapter
 from rlhf.models.attention import SHORT_ROWS, prefer_short_rows
+from rlhf.models.dense import use_fast_products
 from rlhf.models.last_mlp import LastMLP
 from rlhf.models.lora import (
     LoRAConfig,
@@ -122,6 +123,7 @@ class Backbone(nn.Module):
         self.num_tokens_through = 0  # tokens that went through the trunk so far, padding included
         self._in_use: str | None = None
         fuse_activations(self.model)
+        use_fast_products(self.model)
         # Dropout stays off in every stage: with it on, the ratio of the first PPO step is not 1 and the reference is
         # not one distribution (checklist P2). `train()` is therefore never passed on to the model.
         self.model.eval()

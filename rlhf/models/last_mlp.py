@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+# Its rows are filled up to a multiple of this with others: on a CPU oneDNN compiles kernels for every number of rows
+# that it meets and keeps them, half a megabyte each; GPUs like round numbers too.
+ROWS = 64
+
 
 class LastMLP:
     """Hooks on the MLP of a model's last block, asleep outside `only_at`; a model without such a part has none."""
@@ -28,7 +32,11 @@ class LastMLP:
 
     def only_at(self, wanted_BT: Tensor) -> AbstractContextManager[None]:
         """Inside the block the last MLP runs where `wanted_BT` is True; hidden states elsewhere are of no use."""
-        return self.at(wanted_BT.flatten().nonzero().squeeze(-1))
+        is_wanted = wanted_BT.flatten()
+        # Counted where the mask lies: a number fetched from there would make a GPU wait once more.
+        num_more = -is_wanted.sum() % ROWS
+        is_filled = is_wanted | ((~is_wanted).cumsum(dim=0) <= num_more)
+        return self.at(is_filled.nonzero().squeeze(-1))
 
     @contextmanager
     def at(self, wanted: Tensor | None) -> Iterator[None]:

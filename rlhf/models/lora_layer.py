@@ -18,6 +18,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.infra.errors import UserError
+from rlhf.infra.products import product
+from rlhf.models.dense import is_dense, use_fast_products
 
 _QUANTIZED = frozenset({"Linear4bit", "Linear8bitLt"})
 # torch's MultiheadAttention reads the weight of this layer instead of calling it: an adapter on it would never be seen.
@@ -68,6 +70,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         if not is_supported(base):
             raise UserError(f"LoRA got a {type(base).__name__}; expected nn.Linear, GPT-2's Conv1D or a 4-bit linear.")
+        use_fast_products(base)  # with gradients or without, the same bits
         self.base = base.requires_grad_(False)
         self.training = base.training  # in a model in evaluation mode, dropout is off from the start
         self.in_features, self.out_features = linear_features(base)
@@ -163,13 +166,12 @@ class LoRALinear(nn.Module):
             flat = functional.dropout(flat, settings.dropout)
         if flat.dtype != down.dtype and not autocast:
             flat, total = flat.to(down.dtype), total.to(down.dtype)
-        hidden = functional.linear(flat, down)
         # Scale, second product and sum are one pass: at small widths an elementwise pass costs as much as a product.
         # Adding in place, cheaper still, is for generation only: autograd and autocast need a tensor of their own.
         if autocast or torch.is_grad_enabled():
-            total = torch.addmm(total, hidden, up.t(), alpha=settings.scaling)
+            total = torch.addmm(total, functional.linear(flat, down), up.t(), alpha=settings.scaling)
         else:
-            total.addmm_(hidden, up.t(), alpha=settings.scaling)
+            total.addmm_(product(flat, down), up.t(), alpha=settings.scaling)
         return total.to(out_dtype).view(*x.shape[:-1], self.out_features)
 
     def _is_plain(self, dtype: torch.dtype, autocast: bool, dropout: float) -> bool:
@@ -179,7 +181,7 @@ class LoRALinear(nn.Module):
         """
         weight = self.base.weight
         return (
-            type(self.base) in (nn.Linear, Conv1D)
+            is_dense(self.base)
             and not weight.requires_grad
             and weight.dtype == dtype
             and (autocast or dtype == torch.float32)
@@ -267,8 +269,8 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, down_rI: Tensor, up_Or: Tensor, scaling: float
     ) -> Tensor:
-        hidden_Nr = functional.linear(x_NI, down_rI)
-        y_NO = functional.linear(x_NI, weight_OI, bias_O).addmm_(hidden_Nr, up_Or.t(), alpha=scaling)
+        hidden_Nr = product(x_NI, down_rI)
+        y_NO = product(x_NI, weight_OI, bias_O).addmm_(hidden_Nr, up_Or.t(), alpha=scaling)
         ctx.save_for_backward(x_NI, hidden_Nr, weight_OI, down_rI, up_Or)
         ctx.scaling = scaling
         return y_NO
@@ -278,11 +280,13 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, hidden_Nr, weight_OI, down_rI, up_Or = ctx.saved_tensors
         # How a skinny product is written decides its speed: these forms take a third of the obvious ones' time in fp32.
-        grad_hidden_Nr = functional.linear(grad_NO, up_Or.t().contiguous()).mul_(ctx.scaling)
-        grad_x = torch.mm(grad_NO, weight_OI).addmm_(grad_hidden_Nr, down_rI) if ctx.needs_input_grad[0] else None
+        grad_hidden_Nr = product(grad_NO, up_Or.t().contiguous()).mul_(ctx.scaling)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(grad_NO, weight_OI.t()).addmm_(grad_hidden_Nr, down_rI)
         grad_bias = grad_NO.sum(dim=0) if ctx.needs_input_grad[2] else None
-        grad_down = grad_hidden_Nr.t() @ x_NI if ctx.needs_input_grad[3] else None
-        grad_up = (hidden_Nr.t() @ grad_NO).mul_(ctx.scaling).t() if ctx.needs_input_grad[4] else None
+        grad_down = product(grad_hidden_Nr.t(), x_NI.t()) if ctx.needs_input_grad[3] else None
+        grad_up = product(hidden_Nr.t(), grad_NO.t()).mul_(ctx.scaling).t() if ctx.needs_input_grad[4] else None
         return grad_x, None, grad_bias, grad_down, grad_up, None
 
 

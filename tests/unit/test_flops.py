@@ -9,6 +9,7 @@ import torch
 from tiny_backbones import Family, tiny_backbone
 from torch.utils.flop_counter import FlopCounterMode
 
+from rlhf.infra import products
 from rlhf.infra.determinism import rng_state
 from rlhf.infra.matmul_rate import measure_matmul_rate
 from rlhf.models.backbone import Backbone
@@ -16,6 +17,11 @@ from rlhf.models.flops import forward_flops, pass_flops, training_flops
 from rlhf.models.lora import LoRAConfig
 
 ROWS, WIDTH = 3, 7
+
+
+@pytest.fixture(autouse=True)
+def _products_that_the_counter_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "blas_leaves_lanes_empty", lambda: False)
 
 
 def eager(family: Family) -> Backbone:

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Conf
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.infra.errors import UserError
+from rlhf.models.dense import use_fast_products
 from rlhf.models.lora import (
     LoRAConfig,
     active_adapter,
@@ -58,7 +59,9 @@ def tiny_qwen2() -> Qwen2ForCausalLM:
 
 @pytest.fixture(params=[tiny_gpt2, tiny_qwen2], ids=["gpt2", "qwen2"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return request.param()
+    made: PreTrainedModel = request.param()
+    use_fast_products(made)  # as a backbone does, and each layer with adapters: the same bits with them and without
+    return made
 
 
 @pytest.fixture
