@@ -1,7 +1,8 @@
 """What each saving is worth: python bench/parts.py FOLDER [--dtype bf16] [--repeats 9].
 
 FOLDER comes from `bench/workload.py`. A pass over the PPO batch (32 rows of 64 + 48 tokens, forward and backward
-through policy and value head) runs with and without each saving, alternating; so does a step on eight preference pairs.
+through policy and value head) runs with and without each saving, alternating; so do a step on eight preference pairs
+and one on four prompts with eight answers each.
 Printed is the median of the ratios, and their spread.
 """
 
@@ -12,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,6 +23,7 @@ from workload import LORA
 
 from rlhf.algo import logprobs
 from rlhf.data.collate import pair_batch, pair_forest
+from rlhf.data.forest import split_evenly, trees_per_prompt
 from rlhf.data.preference_dataset import PreferenceExample
 from rlhf.data.rows import PreferenceRow
 from rlhf.infra import products
@@ -51,6 +54,19 @@ def ppo_pass(policy: Policy) -> None:
         found = policy.response_statistics(rows_BT, mask_BT, mask_BT[:, PROMPT:], 1.0, entropy_gradient=False)
         assert found.values_BR is not None
         (found.logprobs_BR.sum() + found.values_BR.sum()).backward()
+
+
+def group_step(policy: Policy, *, shared: bool) -> None:
+    """Forward and backward over four prompts with eight answers each, a prompt after another."""
+    generator, answers = torch.Generator().manual_seed(0), 8
+    ids_BT = torch.randint(2, policy.backbone.vocab_size, (ROWS, PROMPT + RESPONSE), generator=generator)
+    num_trees = trees_per_prompt(PROMPT, RESPONSE, answers, policy.backbone.width)
+    trees = [len(tree) for tree in split_evenly(range(answers), num_trees)] if shared else []
+    for rows_BT in ids_BT.split(answers):
+        rows_BT[:, :PROMPT] = rows_BT[:1, :PROMPT]
+        mask_BT = torch.ones_like(rows_BT, dtype=torch.bool)
+        found = policy.response_statistics(rows_BT, mask_BT, mask_BT[:, PROMPT:], 1.0, trees, entropy_gradient=False)
+        found.logprobs_BR.sum().backward()
 
 
 def pair_step(policy: Policy, *, shared: bool) -> None:
@@ -105,7 +121,7 @@ def main() -> None:
     plain = under(nullcontext)
     without = {
         "products in fp32 by oneDNN, against MKL": under(
-            lambda: patch.object(products, "blas_leaves_lanes_empty", lambda: False)
+            lambda: patch.object(products, "BLAS_LEAVES_LANES_EMPTY", False)
         ),
         "GELU in one pass": under(lambda: spelt_out(policy)),
         "gradient of a frozen head with its logits": under(
@@ -117,8 +133,9 @@ def main() -> None:
     }
     for name, off in without.items():
         print(f"{name}: {measure(plain, off, asked.repeats)}")
-    shared = measure(lambda: pair_step(policy, shared=True), lambda: pair_step(policy, shared=False), asked.repeats)
-    print(f"prompt of a pair read once: {shared}")
+    for name, step in (("pair", pair_step), ("group", group_step)):
+        on, off = partial(step, policy, shared=True), partial(step, policy, shared=False)
+        print(f"prompt of a {name} read once: {measure(on, off, asked.repeats)}")
 
 
 if __name__ == "__main__":

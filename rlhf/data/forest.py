@@ -4,18 +4,23 @@
 
 Every branch begins with the prompt's last token, from which its first answer token is predicted, so that a token is
 predicted from the column before it as in any other row. Positions in a branch go on from the prompt.
-Suffixes: B rows, T columns, K branches (answers per prompt, the same number in every row).
+Suffixes: B rows, T columns, K branches (answers per prompt, the most of any row).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 PROMPT, PADDING = 0, -1
+# What a flop of attention's two products costs beside one of a dense layer's: on a CPU small products reach a third of
+# the rate of large ones, and softmax and mask pass over the scores besides. Taken for GPUs as well, where it was not
+# measured.
+SCORE_PRICE = 4
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,14 @@ def plant(
     suffix_ids: Sequence[int] = (),
 ) -> Forest:
     """One row per prompt (at least one token) with its answers, padded on the right; the suffix ends every branch."""
-    num_branches = len(answers[0])
-    lengths = [row_length(prompt, row, len(suffix_ids)) for prompt, row in zip(prompts, answers, strict=True)]
+    num_branches = max(map(len, answers))
+    lengths = [
+        row_length(len(prompt), [*map(len, row)], len(suffix_ids)) for prompt, row in zip(prompts, answers, strict=True)
+    ]
     shape = (len(prompts), max(lengths))
     ids_BT, positions_BT = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.long)
     branch_BT, loss_mask_BT = torch.full(shape, PADDING), torch.zeros(shape, dtype=torch.bool)
     for b, (prompt, row) in enumerate(zip(prompts, answers, strict=True)):
-        if len(row) != num_branches:
-            raise ValueError(f"row {b} has {len(row)} answers, the first has {num_branches}; all need the same number")
         ids, positions = list(prompt[:-1]), list(range(len(prompt) - 1))
         branches, trained = [PROMPT] * len(ids), [False] * len(ids)
         for k, answer in enumerate(row, start=1):
@@ -87,6 +92,27 @@ def plant(
     return Forest(ids_BT, positions_BT, branch_BT, loss_mask_BT, num_branches)
 
 
-def row_length(prompt: Sequence[int], answers: Sequence[Sequence[int]], num_suffix: int = 0) -> int:
-    """Columns that a prompt with its answers takes."""
-    return len(prompt) - 1 + sum(1 + len(answer) + num_suffix for answer in answers)
+def trees_per_prompt(num_prompt: int, num_answer: float, num_answers: int, model_width: int) -> int:
+    """In how many rows the answers to one prompt are read cheapest.
+
+    In one row the prompt is read once, but every token is scored against every other. Counted for blocks whose dense
+    layers have 12 `model_width` ** 2 weights, 2 flops each a token.
+    """
+
+    def cost(num_rows: int) -> float:
+        length = num_prompt - 1 + num_answers / num_rows * (1 + num_answer)
+        return num_rows * length * (24 * model_width + 4 * SCORE_PRICE * length)
+
+    return min(range(1, num_answers + 1), key=cost)
+
+
+def split_evenly(rows: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Rows in order, in parts whose sizes differ by one at most."""
+    size, larger = divmod(len(rows), num_parts)
+    ends = [part * size + min(part, larger) for part in range(num_parts + 1)]
+    return [list(rows[start:end]) for start, end in pairwise(ends)]
+
+
+def row_length(num_prompt: int, answers: Sequence[int], num_suffix: int = 0) -> int:
+    """Columns that a prompt of so many tokens takes with answers of so many each."""
+    return num_prompt - 1 + sum(1 + num_answer + num_suffix for num_answer in answers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ def flop_counter() -> FlopCounterMode:
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     mapping = {torch.ops.aten.addmm_: _addmm, attention: _attention, attention_backward: _attention_backward}
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # see `infra.products`
+        mapping[torch.ops.mkldnn._linear_pointwise] = _linear
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     return counter
@@ -40,6 +43,10 @@ class _NoModules:
 
 def _addmm(total: Shape, left: Shape, right: Shape, *_: Any, **__: Any) -> int:
     return 2 * left[0] * left[1] * right[1]
+
+
+def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(x) * weight[0]
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import platform
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,37 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# oneDNN compiles kernels for every shape that it meets and keeps those of the last 1,024 calls that differ: half a
-# gigabyte in a run over rows of many lengths. A pass over one batch has some thirty, the same in every layer. Read by
-# oneDNN at its first product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-
 _CPUINFO = Path("/proc/cpuinfo")
 _INTEL = "GenuineIntel"
+
+
+def _leaves_lanes_empty() -> bool:
+    """Whether MKL multiplies in half-filled registers here: AVX-512 by another maker than Intel."""
+    libraries: tuple[Any, Any] = torch.backends.mkl, torch.backends.mkldnn
+    return (
+        all(library.is_available() for library in libraries)
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and _maker() not in ("", _INTEL)
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _maker() -> str:
+    """The processor's maker as it names itself, or nothing."""
+    try:
+        lines = _CPUINFO.read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor().rpartition(" ")[2]
+    return next((line.rpartition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+# Asked once: a compiled function takes it for a constant.
+BLAS_LEAVES_LANES_EMPTY = _leaves_lanes_empty()
+if BLAS_LEAVES_LANES_EMPTY:
+    # oneDNN compiles kernels for every shape that it meets and keeps those of the last 1,024 calls that differed: half
+    # a gigabyte in a run over rows of many lengths. Those of a pass are some thirty, the same in every layer. It reads
+    # this at its first product.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -48,40 +71,21 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     return made
 
 
-@cache
-def blas_leaves_lanes_empty() -> bool:
-    """Whether MKL multiplies in half-filled registers here: AVX-512 by another maker than Intel."""
-    libraries: tuple[Any, Any] = torch.backends.mkl, torch.backends.mkldnn
-    return (
-        all(library.is_available() for library in libraries)
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        and _maker() not in ("", _INTEL)
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
-
-
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
-        and blas_leaves_lanes_empty()
+        and BLAS_LEAVES_LANES_EMPTY
     )
-
-
-def _maker() -> str:
-    """The processor's maker as it names itself, or nothing."""
-    try:
-        lines = _CPUINFO.read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor().rpartition(" ")[2]
-    return next((line.rpartition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_NI, weight_OI)
+        # As PyTorch's own: a frozen weight needs no input kept, an input without a gradient no weight.
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x_NI if wants_weight else None, weight_OI if wants_x else None)
         return product(x_NI, weight_OI, bias_O)
 
     @staticmethod

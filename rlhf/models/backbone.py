@@ -121,6 +121,7 @@ class Backbone(nn.Module):
         self.model, self.tokenizer, self.name, self.dtype_name = model, tokenizer, name, dtype_name
         self.notes = prepare_tokenizer(tokenizer)
         self.num_tokens_through = 0  # tokens that went through the trunk so far, padding included
+        self.num_tokens_read = 0  # tokens without padding, of the passes over answers that are learnt from
         self._in_use: str | None = None
         fuse_activations(self.model)
         use_fast_products(self.model)
@@ -340,8 +341,10 @@ class Backbone(nn.Module):
         """
         if self.is_encoder or self.model.config._attn_implementation not in ("eager", "sdpa", SHORT_ROWS):
             return False
-        sees_all = {"full_attention"}
-        if not set(self.model.config.to_dict().get("layer_types") or sees_all) <= sees_all:
+        settings = self.model.config.to_dict()
+        has_window = bool(settings.get("sliding_window")) and settings.get("use_sliding_window", True)
+        kinds = settings.get("layer_types") or ["sliding_attention" if has_window else "full_attention"]
+        if set(kinds) != {"full_attention"}:
             return False
         return self._forest_equals_rows()
 

@@ -141,9 +141,7 @@ def decode(
     # A merged weight in half precision would be rounded, and sampling no longer be what training scores.
     merge = config.merge_adapter and backbone.dtype_name == "fp32"
     with backbone.merged(adapter) if merge else backbone.using(adapter):
-        last_NP = torch.zeros_like(prompt_mask_NP)
-        last_NP[:, -1] = True
-        hidden = backbone.hidden(prompt_ids_NP, prompt_mask_NP, adapter=adapter, cache=cache, wanted_BT=last_NP)[:, -1]
+        hidden = _read_prompts(backbone, adapter, prompt_ids_NP, prompt_mask_NP, cache)
         for t in range(width):
             drawn = draw(backbone, adapter, hidden, uniforms_NR[rows, t], config)
             tokens, values = drawn.tokens_N, None if value_head is None else value_head(hidden)
@@ -236,6 +234,22 @@ def _truncated(p_NV: Tensor, top_p: float, top_k: int) -> Tensor:
 def _log_distribution(logits_NV: Tensor, temperature: float) -> Tensor:
     scaled = logits_NV.float() if temperature in (0.0, 1.0) else logits_NV.float() / temperature
     return scaled.log_softmax(dim=-1)
+
+
+def _read_prompts(
+    backbone: Backbone, adapter: str | None, prompt_ids_NP: Tensor, prompt_mask_NP: Tensor, cache: Cache
+) -> Tensor:
+    """Hidden states (N, D) of the last prompt tokens, the cache filled; a prompt of several rows is read once."""
+    different_nP, number_N = torch.unique(prompt_ids_NP.where(prompt_mask_NP, -1), dim=0, return_inverse=True)
+    is_shared = len(different_nP) < len(prompt_ids_NP)
+    if is_shared:
+        prompt_ids_NP, prompt_mask_NP = different_nP.clamp(min=0), different_nP >= 0
+    last_NP = torch.zeros_like(prompt_mask_NP)
+    last_NP[:, -1] = True
+    hidden = backbone.hidden(prompt_ids_NP, prompt_mask_NP, adapter=adapter, cache=cache, wanted_BT=last_NP)[:, -1]
+    if is_shared:
+        _keep_rows(cache, number_N)
+    return hidden[number_N] if is_shared else hidden
 
 
 def _keep_rows(cache: Cache, keep_n: Tensor) -> None:

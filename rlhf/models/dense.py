@@ -10,7 +10,8 @@ from typing import TypeGuard
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.infra.products import blas_leaves_lanes_empty, linear
+from rlhf.infra import products
+from rlhf.infra.products import linear
 
 
 class FastLinear(nn.Linear):
@@ -39,6 +40,6 @@ def is_dense(layer: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
 
 def use_fast_products(model: nn.Module) -> None:
     """Let the model's dense layers take the faster library, on a machine where there is one."""
-    if blas_leaves_lanes_empty():
+    if products.BLAS_LEAVES_LANES_EMPTY:
         for module in model.modules():
             module.__class__ = _FAST.get(type(module), type(module))

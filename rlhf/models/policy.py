@@ -5,16 +5,18 @@ Legend: B sequences, P prompt, R response, T = P + R, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.algo.logprobs import logprobs_from_hidden, statistics_from_hidden
+from rlhf.algo.logprobs import logprobs_from_hidden
 from rlhf.data.forest import Forest
 from rlhf.models.backbone import Backbone
 from rlhf.models.decoding import Decoded, GenerationConfig, decode
+from rlhf.models.response_rows import ResponseRows
 from rlhf.models.value_head import ValueHead
 
 
@@ -60,22 +62,24 @@ class Policy(nn.Module):
         attention_mask_BT: Tensor,
         response_mask_BR: Tensor,
         temperature: float,
+        trees: Sequence[int] = (),
         *,
         entropy_gradient: bool = True,
     ) -> ResponseStatistics:
         """Log-probabilities, entropies and values of the last R columns, from one pass (two with a value adapter).
 
+        `trees` as in `ResponseRows.of`.
         `entropy_gradient` False: the entropies are for looking at, which is cheaper.
         """
-        rows = _CompactRows.of(input_ids_BT, attention_mask_BT, response_mask_BR)
-        hidden_MD = rows.hidden(self.backbone, self.adapter)
-        statistics = rows.statistics(self.backbone, self.adapter, hidden_MD, temperature, entropy_gradient)
+        rows = ResponseRows.of(self.backbone, input_ids_BT, attention_mask_BT, response_mask_BR, trees)
+        hidden_MD = rows.hidden(self.adapter)
+        found = rows.statistics(self.adapter, hidden_MD, _scored_at(temperature), entropy_gradient=entropy_gradient)
+        logprobs_BR, entropy_BR = rows.scattered(found.logprobs_M), rows.scattered(found.entropy_M)
         if self.value_head is None:
-            return statistics
+            return ResponseStatistics(logprobs_BR, entropy_BR, None)
         if self.value_adapter is not None:
-            hidden_MD = rows.hidden(self.backbone, self.value_adapter)
-        values_BR = rows.scattered(self.value_head(hidden_MD))
-        return ResponseStatistics(statistics.logprobs_BR, statistics.entropy_BR, values_BR)
+            hidden_MD = rows.hidden(self.value_adapter)
+        return ResponseStatistics(logprobs_BR, entropy_BR, rows.scattered(self.value_head(hidden_MD)))
 
     def generate(
         self,
@@ -145,59 +149,13 @@ def response_logprobs(
     attention_mask_BT: Tensor,
     response_mask_BR: Tensor,
     temperature: float,
+    trees: Sequence[int] = (),
 ) -> Tensor:
     """Log-probabilities (B, R) of the last R columns under any adapter: what a reference is asked for."""
-    rows = _CompactRows.of(input_ids_BT, attention_mask_BT, response_mask_BR)
-    tokens_M = rows.input_ids_BT[rows.action_mask_BT]
-    head = partial(backbone.logits, adapter=adapter)
-    hidden_MD = rows.hidden(backbone, adapter)
-    return rows.scattered(logprobs_from_hidden(head, hidden_MD, tokens_M, backbone.vocab_size, temperature or 1.0))
+    rows = ResponseRows.of(backbone, input_ids_BT, attention_mask_BT, response_mask_BR, trees)
+    return rows.scattered(rows.logprobs(adapter, rows.hidden(adapter), _scored_at(temperature)))
 
 
-@dataclass(frozen=True)
-class _CompactRows:
-    """Rollout rows without their left padding: every row starts at column 0, so a batch is as wide as its longest row.
-
-    Prompts are padded on the left and responses on the right, which together makes rows of like length half padding.
-    M counts the response tokens of all rows, in row order; `action_mask_BT` is True on them.
-    """
-
-    input_ids_BT: Tensor
-    attention_mask_BT: Tensor
-    action_mask_BT: Tensor
-    response_mask_BR: Tensor
-
-    @classmethod
-    def of(cls, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_mask_BR: Tensor) -> _CompactRows:
-        width = int(attention_mask_BT.sum(dim=1).max())
-        order_BT = (~attention_mask_BT).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-        in_response_BT = torch.zeros_like(attention_mask_BT)
-        in_response_BT[:, -response_mask_BR.shape[1] :] = response_mask_BR
-        gathered = (tensor.gather(1, order_BT) for tensor in (input_ids_BT, attention_mask_BT, in_response_BT))
-        return cls(*gathered, response_mask_BR)
-
-    def hidden(self, backbone: Backbone, adapter: str | None) -> Tensor:
-        """Hidden states (M, D) from which the response tokens were drawn."""
-        read_BT = self.action_mask_BT.roll(-1, dims=1)
-        hidden_BTD = backbone.hidden(self.input_ids_BT, self.attention_mask_BT, adapter=adapter, wanted_BT=read_BT)
-        return hidden_BTD[read_BT]
-
-    def statistics(
-        self,
-        backbone: Backbone,
-        adapter: str | None,
-        hidden_MD: Tensor,
-        temperature: float,
-        entropy_gradient: bool,
-    ) -> ResponseStatistics:
-        tokens_M = self.input_ids_BT[self.action_mask_BT]
-        # A greedy sample has no temperature; it is scored as the plain distribution would.
-        head = partial(backbone.logits, adapter=adapter)
-        found = statistics_from_hidden(
-            head, hidden_MD, tokens_M, backbone.vocab_size, temperature or 1.0, entropy_gradient=entropy_gradient
-        )
-        return ResponseStatistics(self.scattered(found.logprobs_M), self.scattered(found.entropy_M), None)
-
-    def scattered(self, values_M: Tensor) -> Tensor:
-        """(M,) back to (B, R), 0 on padding."""
-        return values_M.new_zeros(self.response_mask_BR.shape).masked_scatter(self.response_mask_BR, values_M)
+def _scored_at(temperature: float) -> float:
+    """A greedy sample has no temperature; it is scored as the plain distribution would."""
+    return temperature or 1.0

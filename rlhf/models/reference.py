@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +24,17 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(
-        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, response_mask_BR: Tensor, temperature: float
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        response_mask_BR: Tensor,
+        temperature: float,
+        trees: Sequence[int] = (),
     ) -> Tensor:
-        """Log-probabilities (B, R) of the last R columns at the sampling temperature, 0 where the mask is False."""
+        """Log-probabilities (B, R) of the last R columns at the sampling temperature, 0 where the mask is False.
+
+        `trees` as in `ResponseRows.of`.
+        """
         return response_logprobs(
-            self.backbone, self.adapter, input_ids_BT, attention_mask_BT, response_mask_BR, temperature
+            self.backbone, self.adapter, input_ids_BT, attention_mask_BT, response_mask_BR, temperature, trees
         )

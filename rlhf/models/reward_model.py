@@ -25,6 +25,7 @@ from rlhf.infra.config import Config
 from rlhf.infra.device import autocast
 from rlhf.infra.errors import UserError
 from rlhf.models.backbone import Backbone, ModelConfig, resolve_model
+from rlhf.models.dense import use_fast_products
 from rlhf.models.ensemble import (
     EnsembleConfig,
     EnsembleRuleName,
@@ -264,7 +265,7 @@ class ClassifierReward(nn.Module):
         scoring = {"suffix": "", "mean": 0.0, "std": 1.0} | config.to_dict().get(SCORING, {})
         self.dtype_name, self.scale = dtype_name, ScoreScale(scoring["mean"], scoring["std"])
         self._suffix_ids: list[int] = self.tokenizer(scoring["suffix"], add_special_tokens=False)["input_ids"]
-        self.model.eval().requires_grad_(False)
+        use_fast_products(self.model.eval().requires_grad_(False))
 
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
         if self._suffix_ids:

@@ -141,6 +141,7 @@ class GRPO:
                 trajectory.attention_mask_BT,
                 mask_BR,
                 trajectory.temperature,
+                trajectory.trees,
                 entropy_gradient=settings.entropy_coef > 0,
             )
             weights = weights_B1(trajectory.lengths_B)

@@ -42,6 +42,7 @@ from rlhf.rewards.learned import SCORING_TOKENS, LearnedReward
 from rlhf.rewards.protocol import CombinedReward, RewardTerm, Scores
 from rlhf.rewards.shaping import ShapedScores
 from rlhf.rollout.cache import CachedAnswer
+from rlhf.rollout.passes import passes
 from rlhf.rollout.trajectory import Experience, Trajectory
 
 SOME_TOKEN = 0  # what every drawn token is in a shadow
@@ -78,28 +79,29 @@ def _trace_iteration(
     trained = [name for name in (policy.adapter, policy.value_adapter) if name is not None]
     scorers = _scorers(tracer, rewards, policy.backbone, trained, config.run.dtype)
     limit, num_rows_of_step = config.updates.max_tokens_per_micro_batch, num_rows // config.updates.num_mini_batches
-    longest = config.data.max_prompt_length + config.generation.max_new_tokens
+    with tracer.shadow:
+        trajectory, is_accumulated = _largest_pass(tracer, algorithm, limit, num_rows_of_step)
     algorithm.updates.trainer = trainer = PlannedTrainer(
         tracer,
         policy.trainable_parameters(),
         config.optimizer,
         scale_loss=config.run.dtype == "fp16",
-        is_accumulated=tracer.largest_rows(limit, longest, num_rows_of_step).is_accumulated,
+        is_accumulated=is_accumulated,
     )
     with tracer.phase("generate"), torch.no_grad():
-        count = min(config.generation.batch_size, num_rows)
-        trace_generation(tracer, policy, config.generation, count, config.data.max_prompt_length)
+        count, length = min(config.generation.batch_size, num_rows), config.data.max_prompt_length
+        trace_generation(tracer, policy, config.generation, count, length, _answers_per_prompt(config))
     if scorers:
         with tracer.phase("score"), torch.no_grad():
             for score in scorers:
-                score(longest)
+                score(config.data.max_prompt_length + config.generation.max_new_tokens)
     with tracer.phase("reference"):
-        trajectory = _trajectory(tracer, config, 2 * limit, num_rows)
+        wide, _ = _largest_pass(tracer, algorithm, 2 * limit, num_rows)
         if recomputes:
-            algorithm.rollouts.recomputed(trajectory, logprobs=True)
-        _experience(algorithm, trajectory)
+            algorithm.rollouts.recomputed(wide, logprobs=True)
+        _experience(algorithm, wide)
     with tracer.shadow:
-        experience = _experience(algorithm, _trajectory(tracer, config, limit, num_rows_of_step))
+        experience = _experience(algorithm, trajectory)
     with tracer.phase("update"):
         trainer.step([experience], algorithm.loss(experience))
 
@@ -136,15 +138,23 @@ def trace_evaluation(
 
 
 def trace_generation(
-    tracer: Tracer, policy: Policy, config: GenerationConfig, num_rows: int, prompt_length: int
+    tracer: Tracer, policy: Policy, config: GenerationConfig, num_rows: int, prompt_length: int, group: int = 1
 ) -> None:
-    """The pass over the prompts with the first token, and the last token's step, when the cache is full."""
+    """The pass over the prompts with the first token, and the last token's step, when the cache is full.
+
+    `group` answers are drawn for each prompt.
+    """
     backbone, capacity = policy.backbone, prompt_length + config.max_new_tokens
-    prompt_ids_NP, mask_NP = _columns(num_rows, prompt_length)
+    prompt_ids_NP, mask_NP = _columns(num_rows, prompt_length, group)
     uniforms_NR = torch.zeros(num_rows, config.max_new_tokens, dtype=torch.float64)
     merge = config.merge_adapter and backbone.dtype_name == "fp32" and not backbone.is_quantised
     heads, width = _key_shape(backbone)
-    tracer.cache_shapes = {(num_rows, heads, capacity, width), (num_rows, heads, width, capacity)}
+    num_prompts = len(set(zip(prompt_ids_NP[:, -1].tolist(), mask_NP[:, 0].tolist(), strict=True)))
+    tracer.cache_shapes = {
+        shape
+        for count in (num_rows, num_prompts)
+        for shape in ((count, heads, capacity, width), (count, heads, width, capacity))
+    }
     if merge and policy.adapter is not None:
         tracer.folded_shapes = {
             tuple(layer.weight.shape) for layer in lora_layers(backbone.model, policy.adapter).values()
@@ -242,13 +252,28 @@ def _parts(config: OnlineConfig, policy: Policy, reference: Reference) -> Iterat
             yield run, OnlineParts(policy, reference, nothing, [PromptExample([SOME_TOKEN], "", {})], encoder)
 
 
-def _trajectory(tracer: Tracer, config: OnlineConfig, max_tokens: int, num_rows: int) -> Trajectory:
-    """The longest answers to the longest prompts, as many as pass at once."""
+def _largest_pass(tracer: Tracer, algorithm: PPO | GRPO, max_tokens: int, num_rows: int) -> tuple[Trajectory, bool]:
+    """The longest answers to the longest prompts, as many as pass at once, and whether that leaves some for another."""
+    config, backbone = algorithm.config, algorithm.policy.backbone
     longest = config.data.max_prompt_length + config.generation.max_new_tokens
     rows = tracer.largest_rows(max_tokens, longest, num_rows)
-    num_responses = min(config.generation.max_new_tokens, rows.width - 1)
-    prompt_ids_BP, prompt_mask_BP = _columns(rows.count, rows.width - num_responses)
-    response_ids_BR, response_mask_BR = _columns(rows.count, num_responses)
+    group = _answers_per_prompt(config)
+    if group == 1:
+        return _trajectory(config, rows.count, rows.width, group), rows.is_accumulated
+    whole = _trajectory(config, num_rows, rows.width, group)
+    parts = passes(whole, backbone, max_tokens)
+    return whole.of_pass(max(parts, key=lambda trees: sum(map(len, trees)))), len(parts) > 1
+
+
+def _answers_per_prompt(config: OnlineConfig) -> int:
+    return config.grpo.num_generations if isinstance(config, GRPOConfig) else 1
+
+
+def _trajectory(config: OnlineConfig, num_rows: int, width: int, group: int) -> Trajectory:
+    """Rows of this width, the answers as long as they may be, so many to each prompt."""
+    num_responses = min(config.generation.max_new_tokens, width - 1)
+    prompt_ids_BP, prompt_mask_BP = _columns(num_rows, width - num_responses, group)
+    response_ids_BR, response_mask_BR = _columns(num_rows, num_responses)
     response_mask_BR = response_mask_BR.flip(1)  # padded on the right
     logprobs_BR, entropy_BR, values_BR = torch.zeros(3, *response_ids_BR.shape)
     return Trajectory(
@@ -259,7 +284,7 @@ def _trajectory(tracer: Tracer, config: OnlineConfig, max_tokens: int, num_rows:
         logprobs_BR,
         entropy_BR,
         values_BR,
-        torch.zeros(rows.count, dtype=torch.bool),
+        torch.zeros(num_rows, dtype=torch.bool),
         config.generation.temperature,
     )
 
@@ -274,9 +299,14 @@ def _experience(algorithm: PPO | GRPO, trajectory: Trajectory) -> Experience:
     return Experience(trajectory, reference_BR, zeros_BR, zeros_BR, zeros_B, zeros_B)
 
 
-def _columns(num_rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask of rows padded on the left to a width, the first of them a token shorter than the others."""
+def _columns(num_rows: int, width: int, group: int = 1) -> tuple[Tensor, Tensor]:
+    """Ids and mask of rows padded on the left to a width, the first a token shorter than the others.
+
+    They are equal by groups of `group`, of which the whole first one is shorter.
+    """
     mask = torch.ones(num_rows, width, dtype=torch.bool)
-    if num_rows > 1 and width > 1:
-        mask[0, 0] = False
-    return torch.zeros(num_rows, width, dtype=torch.long), mask
+    if num_rows > group and width > 1:
+        mask[:group, 0] = False
+    ids = torch.full((num_rows, width), SOME_TOKEN)
+    ids[:, -1] += torch.arange(num_rows) // group
+    return ids, mask

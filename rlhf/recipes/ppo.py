@@ -37,6 +37,7 @@ from rlhf.recipes.updates import Updates, ratio_metrics
 from rlhf.recipes.watch import Watch
 from rlhf.rewards.protocol import Scores
 from rlhf.rewards.shaping import RunningMoments, ShapedScores, token_rewards
+from rlhf.rollout.passes import passes
 from rlhf.rollout.trajectory import Experience, Trajectory
 
 
@@ -146,6 +147,7 @@ class PPO:
                 trajectory.attention_mask_BT,
                 mask_BR,
                 trajectory.temperature,
+                trajectory.trees,
                 entropy_gradient=settings.entropy_coef > 0,
             )
             assert now.values_BR is not None and micro.values_BR is not None and micro.returns_BR is not None
@@ -183,7 +185,8 @@ class PPO:
             last_B = part.prompt_ids_BP.shape[1] + part.lengths_B - 1
             return self.policy.values_after(part.input_ids_BT, part.attention_mask_BT, last_B).unsqueeze(1)
 
-        return torch.where(trajectory.finished_B, 0.0, trajectory.in_parts(self.rollouts.max_tokens, after)[:, 0])
+        together = passes(trajectory, self.policy.backbone, self.rollouts.max_tokens, share_prompts=False)
+        return torch.where(trajectory.finished_B, 0.0, trajectory.in_passes(together, after)[:, 0])
 
 
 def run_ppo(config: PPOConfig, resume: Path | None = None) -> Run:

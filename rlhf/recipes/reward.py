@@ -269,14 +269,14 @@ def collated(model: RewardModel | RewardEnsemble, pairs: Sequence[PreferenceExam
 def row_width(shares_prompts: bool) -> Callable[[PreferenceExample], int]:
     """How many columns a pair takes in a batch: its prompt read once, or both answers in rows of their own."""
     if shares_prompts:
-        return lambda pair: row_length(pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids])
+        return lambda pair: row_length(len(pair.prompt_ids), [len(pair.chosen_ids), len(pair.rejected_ids)])
     return lambda pair: 2 * longest_side(pair)
 
 
 def tokens_read(shares_prompts: bool, num_suffix: int = 0) -> Callable[[PreferenceExample], int]:
     """How many of the columns that a pair takes are no padding; the suffix stands behind both answers."""
     if shares_prompts:
-        return lambda pair: row_length(pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids], num_suffix)
+        return lambda pair: row_length(len(pair.prompt_ids), [len(pair.chosen_ids), len(pair.rejected_ids)], num_suffix)
     return lambda pair: num_tokens(pair) + 2 * num_suffix
 
 

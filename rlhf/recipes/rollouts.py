@@ -35,6 +35,7 @@ from rlhf.rewards.process import StepRewards, step_rewards
 from rlhf.rewards.protocol import CombinedReward, Scores
 from rlhf.rewards.shaping import RunningMoments, ShapedScores, shape_scores
 from rlhf.rewards.verifiers import check_columns
+from rlhf.rollout.passes import passes
 from rlhf.rollout.sampler import Sampler
 from rlhf.rollout.trajectory import Trajectory
 
@@ -157,11 +158,12 @@ class Answers:
 
         def of_part(part: Trajectory) -> Tensor:
             return self.parts.reference.logprobs(
-                part.input_ids_BT, part.attention_mask_BT, part.response_mask_BR, part.temperature
+                part.input_ids_BT, part.attention_mask_BT, part.response_mask_BR, part.temperature, part.trees
             )
 
         with self.timer("reference"):
-            return trajectory.in_parts(self.max_tokens, of_part)
+            backbone = self.parts.reference.backbone
+            return trajectory.in_passes(passes(trajectory, backbone, self.max_tokens), of_part)
 
 
 class Rollouts(Answers):
@@ -207,11 +209,11 @@ class Rollouts(Answers):
 
         def statistics(part: Trajectory) -> Tensor:
             now = self.parts.policy.response_statistics(
-                part.input_ids_BT, part.attention_mask_BT, part.response_mask_BR, part.temperature
+                part.input_ids_BT, part.attention_mask_BT, part.response_mask_BR, part.temperature, part.trees
             )
             return torch.stack([now.logprobs_BR] if now.values_BR is None else [now.logprobs_BR, now.values_BR])
 
-        found = trajectory.in_parts(self.max_tokens, statistics)
+        found = trajectory.in_passes(passes(trajectory, self.parts.policy.backbone, self.max_tokens), statistics)
         return replace(
             trajectory,
             logprobs_BR=found[0] if logprobs else trajectory.logprobs_BR,

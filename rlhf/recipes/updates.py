@@ -18,7 +18,6 @@ from rlhf.algo.kl import MAX_LOG_RATIO
 from rlhf.algo.masked import masked_sum
 from rlhf.algo.ppo_loss import kl_from_old
 from rlhf.algo.trainer import LossOutput, Trainer
-from rlhf.data.collate import batches_by_tokens
 from rlhf.data.order import epoch_order
 from rlhf.infra.determinism import derive_seed
 from rlhf.infra.experiment import Run
@@ -27,6 +26,7 @@ from rlhf.models.policy import Policy
 from rlhf.recipes.nonfinite import NonFiniteGuard
 from rlhf.recipes.online_config import OnlineConfig
 from rlhf.recipes.online_state import Progress, Rollout, load_state, save_state
+from rlhf.rollout.passes import passes
 from rlhf.rollout.trajectory import Experience
 
 # From a mini-batch, whose counts it may need, to the loss of one of its micro-batches.
@@ -72,9 +72,10 @@ class Updates:
             part = experience.select(mini)
             with self.timer("update"):
                 micro_batches, loss = self.micro_batches(part), loss_of(part)
-                through = self.policy.backbone.num_tokens_through
+                backbone = self.policy.backbone
+                read, through = backbone.num_tokens_read, backbone.num_tokens_through
                 report = self.trainer.step(micro_batches, loss)
-                padding = self._padding_share(part, self.policy.backbone.num_tokens_through - through)
+                padding = padding_share(backbone.num_tokens_read - read, backbone.num_tokens_through - through)
                 done.append(replace(report, metrics={**report.metrics, "padding/train_share": padding}))
             if done[-1].skipped:
                 self.guard.examine(done[-1], micro_batches, loss)
@@ -97,15 +98,9 @@ class Updates:
         ]
 
     def micro_batches(self, part: Experience) -> list[Experience]:
-        """Rows of like length together, no more tokens at once than the settings allow."""
-        lengths = part.trajectory.attention_mask_BT.sum(dim=1).tolist()
-        groups = batches_by_tokens(lengths, self.config.updates.max_tokens_per_micro_batch)
-        return [part.select(torch.tensor(group, device=part.scores_B.device)) for group in groups]
-
-    def _padding_share(self, part: Experience, num_through: int) -> float:
-        """Of the passes of an update; a critic with an adapter of its own makes two where else there is one."""
-        num_passes = 1 if self.policy.value_adapter is None else 2
-        return padding_share(num_passes * int(part.trajectory.attention_mask_BT.sum()), num_through)
+        """Rows as they go through the model together, no more tokens at once than the settings allow."""
+        limit = self.config.updates.max_tokens_per_micro_batch
+        return [part.of_pass(trees) for trees in passes(part.trajectory, self.policy.backbone, limit)]
 
     def finish_iteration(self, rollout: Rollout) -> None:
         """Step on to the next iteration: the KL coefficient follows the batch just measured, where that has a KL."""

@@ -45,8 +45,9 @@ class Sampler:
                 self.stop_token_ids,
             )
             through = backbone.num_tokens_through - before
-            # The last token of a response is never fed back.
-            read = int(batch.attention_mask_BP.sum()) + int(drawn.response_mask_NR.sum()) - len(rows)
+            # A prompt is read once for all its answers, and the last token of a response is never fed back.
+            num_prompt = sum(map(len, {tuple(prompts[i]) for i in rows}))
+            read = num_prompt + int(drawn.response_mask_NR.sum()) - len(rows)
             parts.append(
                 Trajectory(
                     batch.input_ids_BP,

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlhf.data.collate import batches_by_tokens
-
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -21,7 +19,8 @@ class Trajectory:
     `logprobs_BR` (nats, at the sampling temperature), `entropy_BR` and `values_BR` come from the forward that sampled.
     `finished_B` is True where a stop token or string ended the answer, False where it was cut off. `num_through` counts
     the tokens that the model was fed to draw all that was drawn together, `num_padding` those of them that were padding
-    or belonged to finished answers; both stay as they are when rows are chosen.
+    or belonged to finished answers; both stay as they are when rows are chosen. `trees` says of how many rows, one
+    after another, the prompt is read once (see `rollout.passes`); where it is empty, each row is read alone.
     """
 
     prompt_ids_BP: Tensor
@@ -37,6 +36,7 @@ class Trajectory:
     truncated_mass: float = 0.0
     num_through: int = 0
     num_padding: int = 0
+    trees: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.prompt_ids_BP.shape[0]
@@ -77,15 +77,22 @@ class Trajectory:
         responses = int(self.lengths_B[indices].max())
         return _narrowed(self, indices, prompts, responses)
 
-    def in_parts(self, max_tokens: int, function: Callable[[Trajectory], Tensor]) -> Tensor:
-        """Apply a (..., b, r) valued function to parts of at most so many tokens, sorted by length: (..., B, R)."""
+    def of_pass(self, trees: Sequence[Sequence[int]]) -> Trajectory:
+        """The rows of a pass, those of a tree one after another."""
+        return replace(self.select(self.rows(trees)), trees=tuple(map(len, trees)))
+
+    def rows(self, trees: Sequence[Sequence[int]]) -> Tensor:
+        """Numbers of the rows of a pass."""
+        return torch.tensor([row for tree in trees for row in tree], device=self.response_ids_BR.device)
+
+    def in_passes(self, passes: Sequence[Sequence[Sequence[int]]], function: Callable[[Trajectory], Tensor]) -> Tensor:
+        """Apply a (..., b, r) valued function to passes, which hold every row once between them: (..., B, R)."""
         whole: Tensor | None = None
-        for group in batches_by_tokens(self.attention_mask_BT.sum(dim=1).tolist(), max_tokens):
-            rows = torch.tensor(group, device=self.response_ids_BR.device)
-            values = function(self.select(rows))
+        for trees in passes:
+            values = function(self.of_pass(trees))
             if whole is None:
                 whole = values.new_zeros(*values.shape[:-2], *self.response_mask_BR.shape)
-            whole[..., rows, : values.shape[-1]] = values
+            whole[..., self.rows(trees), : values.shape[-1]] = values
         assert whole is not None
         return whole
 
@@ -125,6 +132,11 @@ class Experience:
             kl_B=self.kl_B[indices],
             **narrowed,
         )
+
+    def of_pass(self, trees: Sequence[Sequence[int]]) -> Experience:
+        """See `Trajectory`."""
+        part = self.select(self.trajectory.rows(trees))
+        return replace(part, trajectory=replace(part.trajectory, trees=tuple(map(len, trees))))
 
 
 def concatenate(parts: Sequence[Trajectory], pad_token_id: int) -> Trajectory:
@@ -171,6 +183,7 @@ def _narrowed(trajectory: Trajectory, indices: Tensor, prompts: int, responses: 
         entropy_BR=trajectory.entropy_BR[indices, :responses],
         values_BR=None if trajectory.values_BR is None else trajectory.values_BR[indices, :responses],
         finished_B=trajectory.finished_B[indices],
+        trees=(),
     )
 
 

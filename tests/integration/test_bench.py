@@ -104,4 +104,4 @@ def test_the_script_for_a_gpu_checks_measures_and_writes_in_its_small_form(workl
 
 @pytest.mark.slow
 def test_what_each_saving_is_worth_is_printed(workload: Path) -> None:
-    assert run("parts.py", str(workload), "--repeats", "1").startswith("prompt of a pair read once: ")
+    assert run("parts.py", str(workload), "--repeats", "1").startswith("prompt of a group read once: ")

@@ -16,7 +16,6 @@ from rlhf.infra.config import load_config
 from rlhf.infra.experiment import Run
 from rlhf.infra.interrupt import Stopped
 from rlhf.models.backbone import Backbone
-from rlhf.recipes import updates
 from rlhf.recipes.dpo import run_dpo
 from rlhf.recipes.grpo import run_grpo
 from rlhf.recipes.kto import run_kto
@@ -26,6 +25,7 @@ from rlhf.recipes.resume import CONFIGS, resume_run
 from rlhf.recipes.reward import run_reward
 from rlhf.recipes.sft import run_sft
 from rlhf.recipes.supervised import SupervisedLoop
+from rlhf.rollout import passes as rollout_passes
 
 RUNNERS: dict[str, Callable[..., Run]] = {
     "pretrain": run_pretrain,
@@ -98,7 +98,7 @@ def raw_lines(folder: Path) -> list[dict[str, Any]]:
 
 def products_of(trace: Path) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    return [event for event in events if event.get("name") in ("aten::mm", "aten::addmm")]
+    return [event for event in events if event.get("name") in ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")]
 
 
 @pytest.mark.slow
@@ -207,7 +207,7 @@ def test_the_share_of_padding_is_that_of_the_passes(
     once = once if recipe in ONLINE else ["training.max_steps=1", "training.eval_steps=null"]
     if recipe in ONLINE:  # short rows would be cut by their length, without any padding
         monkeypatch.setattr(
-            updates, "batches_by_tokens", lambda lengths, _: [[*range(i, len(lengths), 2)] for i in (0, 1)]
+            rollout_passes, "batches_by_tokens", lambda lengths, _: [[*range(i, len(lengths), 2)] for i in (0, 1)]
         )
     else:
         once.append("training.max_tokens_per_micro_batch=40")

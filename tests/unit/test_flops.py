@@ -7,21 +7,15 @@ from contextlib import nullcontext
 import pytest
 import torch
 from tiny_backbones import Family, tiny_backbone
-from torch.utils.flop_counter import FlopCounterMode
 
-from rlhf.infra import products
 from rlhf.infra.determinism import rng_state
+from rlhf.infra.flop_counter import flop_counter
 from rlhf.infra.matmul_rate import measure_matmul_rate
 from rlhf.models.backbone import Backbone
 from rlhf.models.flops import forward_flops, pass_flops, training_flops
 from rlhf.models.lora import LoRAConfig
 
 ROWS, WIDTH = 3, 7
-
-
-@pytest.fixture(autouse=True)
-def _products_that_the_counter_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "blas_leaves_lanes_empty", lambda: False)
 
 
 def eager(family: Family) -> Backbone:
@@ -36,15 +30,10 @@ def ids() -> torch.Tensor:
 
 
 def counted(backbone: Backbone, adapter: str | None, *, backward: bool, merged: bool = False) -> int:
-    """Flops that PyTorch saw. Its own list lacks the product that adds to a tensor in place, which adapters use."""
+    """Flops that PyTorch saw."""
     mask = torch.ones(ROWS, WIDTH, dtype=torch.bool)
-
-    def in_place(total: object, left: list[int], right: list[int], **rest: object) -> int:
-        return 2 * left[0] * left[1] * right[1]
-
-    known = {torch.ops.aten.addmm_: in_place}
     through = backbone.merged(adapter) if merged else backbone.using(adapter)
-    with through, torch.set_grad_enabled(backward), FlopCounterMode(display=False, custom_mapping=known) as counter:
+    with through, torch.set_grad_enabled(backward), flop_counter() as counter:
         logits = backbone.logits(backbone.hidden(ids(), mask, adapter=adapter), adapter=adapter)
         if backward:
             logits.sum().backward()

@@ -8,7 +8,7 @@ from tiny_backbones import Family, add_trained_adapter, tiny_backbone
 from torch import Tensor
 from transformers import BertConfig, BertModel, MistralConfig, MistralForCausalLM
 
-from rlhf.data.forest import PADDING, plant
+from rlhf.data.forest import PADDING, SCORE_PRICE, plant, split_evenly, trees_per_prompt
 from rlhf.infra.shadow import Ledger
 from rlhf.models import attention
 from rlhf.models.attention import prefer_short_rows
@@ -50,9 +50,48 @@ def test_padding_belongs_to_no_branch_and_sees_itself() -> None:
     assert int(forest.branch_ends().sum()) == 6
 
 
-def test_rows_with_other_numbers_of_answers_are_refused() -> None:
-    with pytest.raises(ValueError, match="row 1 has 1 answers, the first has 2"):
-        plant([[5], [6]], [[[7], [8]], [[9]]], pad_token_id=0)
+def test_rows_may_have_other_numbers_of_answers() -> None:
+    forest = plant([[5], [6, 4]], [[[7], [8, 9], [3]], [[2, 1]]], pad_token_id=0)
+    assert forest.input_ids_BT.tolist() == [[5, 7, 5, 8, 9, 5, 3], [6, 4, 2, 1, 0, 0, 0]]
+    assert forest.branch_BT.tolist() == [[1, 1, 2, 2, 2, 3, 3], [0, 1, 1, 1, PADDING, PADDING, PADDING]]
+    assert forest.num_branches == 3
+    assert forest.branch_sums(torch.ones(2, 7)).tolist() == [2, 3, 3, 0, 2, 0]  # 0 where a row has no such branch
+
+
+def test_parts_of_rows_differ_by_one_at_most() -> None:
+    assert split_evenly([3, 1, 4, 1, 5, 9, 2], 3) == [[3, 1, 4], [1, 5], [9, 2]]
+    assert split_evenly([3, 1], 2) == [[3], [1]]
+    assert split_evenly([3, 1], 1) == [[3, 1]]
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "num_answer", "num_answers", "wanted"),
+    [
+        (500, 10, 8, 1),  # nearly all is prompt
+        (2, 500, 8, 8),  # nothing to share, and long answers that would be scored against each other
+        (64, 48, 1, 1),
+    ],
+)
+def test_how_many_rows_answers_are_read_in(num_prompt: int, num_answer: int, num_answers: int, wanted: int) -> None:
+    assert trees_per_prompt(num_prompt, num_answer, num_answers, 384) == wanted
+
+
+def test_the_number_of_rows_is_the_cheapest_by_count() -> None:
+    """Multiply-adds of a block counted one after another: 12 D^2 per token, and D per query, key and product of two."""
+    width, num_prompt, num_answer, num_answers = 64, 40, 30, 6
+
+    def counted(num_rows: int) -> int:
+        total = 0
+        for _ in range(num_rows):
+            length = num_prompt - 1 + num_answers // num_rows * (1 + num_answer)
+            dense = sum(12 * width * width for _ in range(length))
+            scores = sum(2 * width for _ in range(length) for _ in range(length))
+            total += dense + SCORE_PRICE * scores
+        return total
+
+    divisors = (1, 2, 3, 6)
+    cheapest = min(divisors, key=counted)
+    assert trees_per_prompt(num_prompt, num_answer, num_answers, width) == cheapest == 3
 
 
 def alone(backbone: Backbone, adapter: str) -> Tensor:
@@ -102,8 +141,9 @@ def test_models_that_look_both_ways_through_a_window_or_at_the_mean_keep_rows_of
     shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = BertModel(BertConfig(**shape, intermediate_size=16))
     assert not Backbone(encoder, tokenizer, "encoder").takes_forests
-    window = MistralConfig(**shape, intermediate_size=16, num_key_value_heads=2, sliding_window=2)
-    assert not Backbone(MistralForCausalLM(window), tokenizer, "window").takes_forests
+    for window, takes in ((2, False), (64, False), (None, True)):  # a trial of a few tokens sees no wide window
+        config = MistralConfig(**shape, intermediate_size=16, num_key_value_heads=2, sliding_window=window)
+        assert Backbone(MistralForCausalLM(config), tokenizer, "window").takes_forests == takes
     assert not RewardModel(tiny_backbone("gpt2"), "reward", "mean").takes_forests
 
 

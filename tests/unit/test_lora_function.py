@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhf.infra import products
 from rlhf.models.lora_layer import LoRALinear, _LowRankLinear
 
 
@@ -34,6 +35,20 @@ def test_layer_equals_the_written_out_sum(kind: str, input_needs_grad: bool) -> 
     grads = torch.autograd.grad((found * probe).sum(), wanted_inputs)
     wanted = torch.autograd.grad((written_out * probe).sum(), wanted_inputs)
     for mine, theirs in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("is_slow_blas", [True, False])
+def test_a_gradient_that_is_one_number_everywhere(monkeypatch: pytest.MonkeyPatch, is_slow_blas: bool) -> None:
+    monkeypatch.setattr(products, "BLAS_LEAVES_LANES_EMPTY", is_slow_blas)
+    torch.manual_seed(2)
+    layer, x = LoRALinear(nn.Linear(6, 5), r=2, alpha=3.0), torch.randn(7, 6, requires_grad=True)
+    nn.init.normal_(layer.B)
+    written_out = x @ layer.base.weight.t() + layer.base.bias + 1.5 * (x @ layer.A.t()) @ layer.B.t()
+    leaves = (x, layer.A, layer.B)
+    for mine, theirs in zip(
+        torch.autograd.grad(layer(x).sum(), leaves), torch.autograd.grad(written_out.sum(), leaves), strict=True
+    ):
         torch.testing.assert_close(mine, theirs)
 
 

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command_line import rlhf
+from torch import Tensor
 
 from rlhf.algo.trainer import Trainer
 from rlhf.data.chat import TokenExample
@@ -274,6 +276,32 @@ def settings_of_ppo(base: str, **changes: object) -> PPOConfig:
         "rewards": [{"name": "target_string", "arguments": {"text": "red"}}],
     }
     return PPOConfig(**{**settings, **changes})
+
+
+def test_answers_to_one_prompt_are_planned_as_they_are_read(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    hidden = Backbone.hidden
+
+    def noted(backbone: Backbone, input_ids_BT: Tensor, *more: Any, **named: Any) -> Tensor:
+        shapes.append(tuple(input_ids_BT.shape))
+        return hidden(backbone, input_ids_BT, *more, **named)
+
+    monkeypatch.setattr(Backbone, "hidden", noted)
+    settings = {
+        "policy": base,
+        "data": {"max_prompt_length": 40},
+        "generation": {"max_new_tokens": 10},
+        "grpo": {"num_prompts": 8, "num_generations": 4, "max_tokens_per_micro_batch": 400},
+        "rewards": [{"name": "target_string", "arguments": {"text": "red"}}],
+    }
+    phases = [phase.name for phase in traced(GRPOConfig(**settings)).phases]
+    assert phases == ["generate", "reference", "update"]
+    shapes = shapes[2:]  # without those of the trial whether answers can share a row
+    # All prompts that differ, of which the first are a token shorter than the others.
+    assert shapes[0] == (8, 40)
+    # The prompt's last token begins each of four branches, so a row has 39 + 4 * (1 + 10) positions.
+    assert shapes[-1] == (400 // 83, 83)
+    assert (8, 83) in shapes  # the reference passes twice as many tokens at once, all there are
 
 
 def phases_of(config: Config) -> dict[str, dict[str, int]]:

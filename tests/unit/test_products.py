@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.infra import products
-from rlhf.infra.products import blas_leaves_lanes_empty, linear, product
+from rlhf.infra.products import linear, product
 from rlhf.models.dense import FastConv1D, FastLinear, is_dense, use_fast_products
 
 LIBRARIES = ("mkl", "onednn")
@@ -25,7 +25,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Both libraries in turn, whatever the machine would take."""
     if request.param == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(products, "blas_leaves_lanes_empty", lambda: request.param == "onednn")
+    monkeypatch.setattr(products, "BLAS_LEAVES_LANES_EMPTY", request.param == "onednn")
     return str(request.param)
 
 
@@ -47,8 +47,17 @@ def test_product_is_the_sum_over_inputs(library: str, layout: str, num_rows: int
     wanted = (x.double().unsqueeze(1) * weight.double()).sum(dim=-1)
     torch.testing.assert_close(product(x, weight).double(), wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(product(x, weight, bias).double(), wanted + bias, rtol=1e-5, atol=1e-5)
-    transposed = weight.t().contiguous().t()
-    torch.testing.assert_close(product(x, transposed).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "no rows"])
+def test_either_side_may_lie_in_any_way(library: str, layout: str) -> None:
+    """The backward pass multiplies by transposed inputs and by gradients that one number is spread over."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 12), LAYOUTS[layout](torch.randn(9, 12))
+    wanted = (x.double().unsqueeze(1) * weight.double()).sum(dim=-1)
+    torch.testing.assert_close(product(x, weight).double(), wanted, rtol=1e-5, atol=1e-5)
+    sums = x.double().sum(dim=0).unsqueeze(1).expand(12, 9)
+    torch.testing.assert_close(product(x.t(), torch.ones(1, 1).expand(9, 7)).double(), sums, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 12), (0, 12)])
@@ -81,11 +90,29 @@ def test_other_formats_and_autocast_are_left_to_torch(library: str) -> None:
         assert linear(x, weight).dtype == torch.bfloat16
 
 
-def test_a_frozen_weight_gets_no_gradient_and_an_input_without_need_none(library: str) -> None:
-    weight = torch.randn(9, 12, requires_grad=True)
-    linear(torch.randn(5, 12), weight).sum().backward()
-    torch.testing.assert_close(weight.grad, weight.grad[:1].expand(9, 12))
-    assert not linear(torch.randn(5, 12), weight.detach()).requires_grad
+def kept_bytes(x: Tensor, weight: Tensor) -> int:
+    """What `linear` keeps for the backward pass."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        linear(x, weight)
+    return sum(tensor.nbytes for tensor in kept)
+
+
+def test_only_what_a_gradient_needs_is_kept(library: str) -> None:
+    x, weight = torch.randn(50, 12), torch.randn(9, 12)
+    asked = {
+        (True, False): weight.nbytes,  # a frozen layer
+        (False, True): x.nbytes,  # the first one of a model
+        (True, True): weight.nbytes + x.nbytes,
+        (False, False): 0,
+    }
+    for (wants_x, wants_weight), num_bytes in asked.items():
+        leaves = x.clone().requires_grad_(wants_x), weight.clone().requires_grad_(wants_weight)
+        assert kept_bytes(*leaves) == num_bytes
+        assert linear(*leaves).requires_grad == (wants_x or wants_weight)
+        if any(leaf.requires_grad for leaf in leaves):
+            linear(*leaves).sum().backward()
+        assert [leaf.grad is not None for leaf in leaves] == [wants_x, wants_weight]
 
 
 class Model(nn.Module):
@@ -98,8 +125,7 @@ class Model(nn.Module):
         return y
 
 
-def test_a_models_layers_stay_what_they_were(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.models.dense.blas_leaves_lanes_empty", products.blas_leaves_lanes_empty)
+def test_a_models_layers_stay_what_they_were(library: str) -> None:
     torch.manual_seed(3)
     model = Model()
     nn.init.normal_(model.second.weight)
@@ -139,7 +165,7 @@ def test_the_other_library_is_for_avx512_by_other_makers(
     monkeypatch.setattr(products, "_CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert blas_leaves_lanes_empty.__wrapped__() is wanted
+    assert products._leaves_lanes_empty() is wanted
 
 
 def test_where_there_is_no_cpuinfo_the_platform_names_the_maker(
