@@ -76,7 +76,8 @@ class Comparison:
     """What was measured so far, kept in a file after every pair."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
-        self.asked, self.console = asked, Console()
+        # Written to a file, the table is as wide as it needs to be.
+        self.asked, self.console = asked, Console(width=None if sys.stdout.isatty() else 160)
         self.pairs: list[dict[str, Any]] = []
         self.device = resolve_device(asked.device)
         self.rates = {name: measure_matmul_rate(dtype, self.device) for name, dtype in DTYPES.items()}
