@@ -8,6 +8,7 @@ import shutil
 import signal
 
 import pytest
+from fast_some import fast_some
 from killed_runs import (
     Workshop,
     assert_same_run,
@@ -57,7 +58,7 @@ def test_c1_a_killed_run_goes_on_bit_for_bit(workshop: Workshop, recipe: str) ->
     goes_on(workshop, recipe, moment)
 
 
-@pytest.mark.parametrize("recipe", ONLINE)
+@pytest.mark.parametrize("recipe", fast_some(ONLINE, "ppo"))
 def test_c1_killed_inside_an_inner_epoch_it_goes_on_bit_for_bit(workshop: Workshop, recipe: str) -> None:
     straight, ended = workshop.uninterrupted(recipe)
     # The third of the four updates of the second iteration, with its gradients there and its weights not yet moved.

@@ -58,11 +58,14 @@ def prompt_file(write_rows: WriteRows) -> Path:
 
 @pytest.mark.parametrize(
     "more",
-    [
+    fast_some(
+        [
+            (),
+            ("model.train=full", "model.lora=null", "optimizer.learning_rate=0.003"),
+            ("ppo.value_adapter=true", "ppo.value_head=mlp", "ppo.num_mini_batches=2", "ppo.num_ppo_epochs=2"),
+        ],
         (),
-        ("model.train=full", "model.lora=null", "optimizer.learning_rate=0.003"),
-        ("ppo.value_adapter=true", "ppo.value_head=mlp", "ppo.num_mini_batches=2", "ppo.num_ppo_epochs=2"),
-    ],
+    ),
     ids=["lora", "full", "own_critic"],
 )
 def test_a_rule_reward_is_learnt(tmp_path: Path, base: Path, prompt_file: Path, more: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from fast_some import fast_some
 from rich.console import Console
 
 from rlhf.eval.cautions import run_checks
@@ -274,7 +275,9 @@ CHANGES: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name", fast_some(CHANGES, "ppo: KL", "ppo: reward against gold", "ppo: refusals, benign, sampled")
+)
 def test_each_bad_sign_is_told(name: str) -> None:
     changed = [dataclasses.replace(s, **CHANGES[name]) for s in responses(0.95, kl=6.0)]  # type: ignore[arg-type]
     assert name in wary(sft_and_ppo(changed))
