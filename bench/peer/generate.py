@@ -6,14 +6,12 @@ on a GPU (CUDA graphs). Two runs beforehand are not timed then, and one is not o
 JSON object.
 """
 
-import argparse
 import contextlib
 import json
-import resource
 import time
-from pathlib import Path
 
 import torch
+from measured import arguments, tell
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,13 +19,7 @@ PROMPTS, NEW_TOKENS = 64, 48
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("repeats", type=int)
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--static", action="store_true")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    asked = parser.parse_args()
+    asked = arguments(steps="repeats", flags=("--static",))
     tokenizer = AutoTokenizer.from_pretrained(asked.folder / "policy", padding_side="left")
     lines = (asked.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:PROMPTS]
     batch = tokenizer([json.loads(line)["prompt"] for line in lines], return_tensors="pt")
@@ -41,7 +33,7 @@ def main() -> None:
         settings["cache_implementation"] = "static"
     tokens, started = 0, time.perf_counter()
     num_warm = 2 if asked.static else 1 if asked.device == "cuda" else 0
-    for repeat in range(-num_warm, asked.repeats):
+    for repeat in range(-num_warm, asked.steps):
         if repeat == 0:
             wait(asked.device)
             tokens, started = 0, time.perf_counter()
@@ -49,32 +41,13 @@ def main() -> None:
             out = model.generate(**batch, **settings)
         tokens += out[:, batch["input_ids"].shape[1] :].numel()
     wait(asked.device)
-    seconds = time.perf_counter() - started
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "steps": asked.repeats,
-                "optimizer_steps": 0,
-                "s_per_step": seconds / asked.repeats,
-                "tokens": tokens,
-                "peak_mb": peak_mb(asked.device),
-            }
-        )
-    )
+    tell(asked, time.perf_counter() - started, optimizer_steps=0, tokens=tokens)
 
 
 def wait(device: str) -> None:
     """Until the device has done what it was asked for."""
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def peak_mb(device: str) -> float:
-    """Most memory at once: allocated on a GPU, resident on a CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -3,22 +3,19 @@
 Runs in an environment of its own with the current TRL; FOLDER comes from `bench/workload.py`. Four prompts are answered
 eight times each in every iteration, and one optimizer step is made from them; the reward is a rule. The trainer keeps
 its defaults wherever those are not part of the work. `--same-batch` draws nothing: the answers are starts of other
-prompts, and ITERATIONS are the updates made from them. The last line printed is one
-JSON object.
+prompts, and ITERATIONS are the updates made from them. The last line printed is one JSON object.
 """
 
-import argparse
 import json
 import os
-import resource
 import time
 from collections import defaultdict
-from pathlib import Path
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import torch
 from datasets import Dataset
+from measured import arguments, tell
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -27,14 +24,7 @@ PROMPTS, GROUP, NEW_TOKENS, TARGET_WORDS = 4, 8, 48, 30
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("iterations", type=int)
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--same-batch", action="store_true")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    asked = parser.parse_args()
-
+    asked = arguments(steps="iterations", flags=("--same-batch",))
     tokenizer = AutoTokenizer.from_pretrained(asked.folder / "policy", padding_side="left")
     lines = (asked.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["prompt"] for line in lines]
@@ -48,7 +38,7 @@ def main() -> None:
             output_dir="out",
             per_device_train_batch_size=PROMPTS * GROUP,
             num_generations=GROUP,
-            num_iterations=asked.iterations if asked.same_batch else 1,
+            num_iterations=asked.steps if asked.same_batch else 1,
             num_train_epochs=1,
             max_completion_length=NEW_TOKENS,
             beta=0.05,
@@ -66,25 +56,14 @@ def main() -> None:
             disable_tqdm=True,
         ),
         processing_class=tokenizer,
-        train_dataset=Dataset.from_dict({"prompt": texts[: PROMPTS * (1 if asked.same_batch else asked.iterations)]}),
+        train_dataset=Dataset.from_dict({"prompt": texts[: PROMPTS * (1 if asked.same_batch else asked.steps)]}),
     )
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
     log = [line for line in trainer.state.log_history if "loss" in line]
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "steps": asked.iterations,
-                "optimizer_steps": trainer.state.global_step,
-                "s_per_step": seconds / asked.iterations,
-                "tokens": answer_tokens(log),
-                "losses": [line["loss"] for line in log],
-                "peak_mb": peak_mb(asked.device),
-            }
-        )
-    )
+    losses = [line["loss"] for line in log]
+    tell(asked, seconds, optimizer_steps=trainer.state.global_step, tokens=answer_tokens(log), losses=losses)
 
 
 def length_penalty(completions: list[str], **columns: object) -> list[float]:
@@ -113,13 +92,6 @@ def answer_tokens(log: list[dict[str, float]]) -> int:
     """Tokens drawn; several updates from one rollout have one line with lengths."""
     lengths = [line["completions/mean_length"] for line in log if "completions/mean_length" in line]
     return round(sum(lengths) * PROMPTS * GROUP)
-
-
-def peak_mb(device: str) -> float:
-    """Most memory at once: allocated on a GPU, resident on a CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ kto. The trainers keep their defaults wherever those are not part of the work; K
 The last line printed is one JSON object.
 """
 
-import argparse
 import json
-import resource
 import time
-from pathlib import Path
 
 import torch
 from datasets import Dataset
+from measured import arguments, tell
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -22,15 +20,7 @@ ROWS = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=["sft", "rm", "dpo", "kto"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("steps", type=int)
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--same-batch", action="store_true")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    asked = parser.parse_args()
-
+    asked = arguments("sft", "rm", "dpo", "kto", flags=("--same-batch",))
     tokenizer = AutoTokenizer.from_pretrained(asked.folder / "policy")
     name = {"sft": "answers.jsonl", "kto": "labelled.jsonl"}.get(asked.kind, "pairs.jsonl")
     rows = [json.loads(line) for line in (asked.folder / name).read_text(encoding="utf-8").splitlines()]
@@ -77,26 +67,8 @@ def main() -> None:
     tokens = sum(len(ids) for name in columns for ids in trainer.train_dataset[name])
     if "prompt_ids" in columns:  # stands before both answers: chosen and rejected, or its own and a stranger's
         tokens += sum(len(ids) for ids in trainer.train_dataset["prompt_ids"])
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "steps": asked.steps,
-                "optimizer_steps": trainer.state.global_step,
-                "s_per_step": seconds / asked.steps,
-                "tokens": tokens * (asked.steps if asked.same_batch else 1),
-                "losses": losses,
-                "peak_mb": peak_mb(asked.device),
-            }
-        )
-    )
-
-
-def peak_mb(device: str) -> float:
-    """Most memory at once: allocated on a GPU, resident on a CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    tokens *= asked.steps if asked.same_batch else 1
+    tell(asked, seconds, optimizer_steps=trainer.state.global_step, tokens=tokens, losses=losses)
 
 
 if __name__ == "__main__":

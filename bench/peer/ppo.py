@@ -5,10 +5,8 @@ The value model is a full classifier, as that trainer wants it. `--logprobs` tra
 log-probability of fixed rows, to hold beside ours. The last line printed is one JSON object.
 """
 
-import argparse
 import json
 import os
-import resource
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import torch
 from datasets import Dataset
+from measured import arguments, tell
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -26,17 +25,10 @@ ROLLOUT, NEW_TOKENS, PROMPT_TOKENS = 32, 48, 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("iterations", type=int)
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--logprobs", action="store_true")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    asked = parser.parse_args()
-
+    asked = arguments(steps="iterations", flags=("--logprobs",))
     tokenizer = AutoTokenizer.from_pretrained(asked.folder / "policy", padding_side="left")
     lines = (asked.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    ids = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines[: ROLLOUT * asked.iterations]]
+    ids = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines[: ROLLOUT * asked.steps]]
     base = AutoModelForCausalLM.from_pretrained(asked.folder / "policy", dtype=torch.float32)
     policy = PeftModel.from_pretrained(base, asked.folder / "start", is_trainable=True)
     if asked.logprobs:
@@ -51,7 +43,7 @@ def main() -> None:
             gradient_accumulation_steps=1,
             num_ppo_epochs=4,
             num_mini_batches=1,
-            total_episodes=ROLLOUT * asked.iterations,
+            total_episodes=ROLLOUT * asked.steps,
             response_length=NEW_TOKENS,
             temperature=1.0,
             num_sample_generations=0,
@@ -73,18 +65,7 @@ def main() -> None:
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "steps": asked.iterations,
-                "optimizer_steps": 4 * asked.iterations,
-                "s_per_step": seconds / asked.iterations,
-                "tokens": ROLLOUT * NEW_TOKENS * asked.iterations,
-                "peak_mb": peak_mb(asked.device),
-            }
-        )
-    )
+    tell(asked, seconds, optimizer_steps=4 * asked.steps, tokens=ROLLOUT * NEW_TOKENS * asked.steps)
 
 
 def classifier(folder: Path) -> torch.nn.Module:
@@ -98,13 +79,6 @@ def mean_logprob(policy: torch.nn.Module, ids: list[list[int]], pad_token_id: in
     policy.eval()
     logits = forward(policy, rows, pad_token_id).logits[:, PROMPT_TOKENS - 16 - 1 : -1]
     return float(selective_log_softmax(logits, rows[:, PROMPT_TOKENS - 16 :]).mean())
-
-
-def peak_mb(device: str) -> float:
-    """Most memory at once: allocated on a GPU, resident on a CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":
