@@ -34,7 +34,7 @@ from rlhf.models.policy import Policy
 from rlhf.models.value_head import ValueHead
 from rlhf.recipes.offline import summed_logprobs
 
-ROWS, PROMPT, RESPONSE, MICRO_ROWS = 32, 64, 48, 9
+PROMPT, RESPONSE, MICRO_ROWS, GROUP, PAIRS = 64, 48, 9, 8, 8
 
 
 def make_policy(folder: Path, dtype: str, attention: str | None = None) -> Policy:
@@ -45,10 +45,10 @@ def make_policy(folder: Path, dtype: str, attention: str | None = None) -> Polic
     return Policy(backbone, "policy", ValueHead(backbone.width))
 
 
-def ppo_pass(policy: Policy) -> None:
+def ppo_pass(policy: Policy, num_rows: int) -> None:
     """Forward and backward over the batch, in passes of `MICRO_ROWS` rows."""
     generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(2, policy.backbone.vocab_size, (ROWS, PROMPT + RESPONSE), generator=generator)
+    ids_BT = torch.randint(2, policy.backbone.vocab_size, (num_rows, PROMPT + RESPONSE), generator=generator)
     for rows_BT in ids_BT.split(MICRO_ROWS):
         mask_BT = torch.ones_like(rows_BT, dtype=torch.bool)
         found = policy.response_statistics(rows_BT, mask_BT, mask_BT[:, PROMPT:], 1.0, entropy_gradient=False)
@@ -56,20 +56,20 @@ def ppo_pass(policy: Policy) -> None:
         (found.logprobs_BR.sum() + found.values_BR.sum()).backward()
 
 
-def group_step(policy: Policy, *, shared: bool) -> None:
-    """Forward and backward over four prompts with eight answers each, a prompt after another."""
-    generator, answers = torch.Generator().manual_seed(0), 8
-    ids_BT = torch.randint(2, policy.backbone.vocab_size, (ROWS, PROMPT + RESPONSE), generator=generator)
-    num_trees = trees_per_prompt(PROMPT, RESPONSE, answers, policy.backbone.width)
-    trees = [len(tree) for tree in split_evenly(range(answers), num_trees)] if shared else []
-    for rows_BT in ids_BT.split(answers):
+def group_step(policy: Policy, num_rows: int, *, shared: bool) -> None:
+    """Forward and backward over rows of which eight have one prompt, a prompt after another."""
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(2, policy.backbone.vocab_size, (num_rows, PROMPT + RESPONSE), generator=generator)
+    num_trees = trees_per_prompt(PROMPT, RESPONSE, GROUP, policy.backbone.width)
+    trees = [len(tree) for tree in split_evenly(range(GROUP), num_trees)] if shared else []
+    for rows_BT in ids_BT.split(GROUP):
         rows_BT[:, :PROMPT] = rows_BT[:1, :PROMPT]
         mask_BT = torch.ones_like(rows_BT, dtype=torch.bool)
         found = policy.response_statistics(rows_BT, mask_BT, mask_BT[:, PROMPT:], 1.0, trees, entropy_gradient=False)
         found.logprobs_BR.sum().backward()
 
 
-def pair_step(policy: Policy, *, shared: bool) -> None:
+def pair_step(policy: Policy, _: int, *, shared: bool) -> None:
     """Log-probs of eight pairs of HH's mean lengths (78 + 44 and 42 tokens), forward and backward."""
     generator = torch.Generator().manual_seed(0)
 
@@ -77,7 +77,7 @@ def pair_step(policy: Policy, *, shared: bool) -> None:
         return torch.randint(2, policy.backbone.vocab_size, (count,), generator=generator).tolist()
 
     row = PreferenceRow("", "", "")
-    pairs = [PreferenceExample(tokens(78), tokens(44), tokens(42), None, row) for _ in range(8)]
+    pairs = [PreferenceExample(tokens(78), tokens(44), tokens(42), None, row) for _ in range(PAIRS)]
     batch = (pair_forest if shared else pair_batch)(pairs, 0).batch
     summed_logprobs(policy.backbone, "policy", batch).sum().backward()
 
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rows", type=int, default=32, help="of a pass")
     asked = parser.parse_args()
     policy = make_policy(asked.folder, asked.dtype)
     fused_kernel = make_policy(asked.folder, asked.dtype, "sdpa")
@@ -114,7 +115,7 @@ def main() -> None:
     def under(context: Callable[[], AbstractContextManager[object]], who: Policy = policy) -> Callable[[], None]:
         def run() -> None:
             with context():
-                ppo_pass(who)
+                ppo_pass(who, asked.rows)
 
         return run
 
@@ -134,7 +135,7 @@ def main() -> None:
     for name, off in without.items():
         print(f"{name}: {measure(plain, off, asked.repeats)}")
     for name, step in (("pair", pair_step), ("group", group_step)):
-        on, off = partial(step, policy, shared=True), partial(step, policy, shared=False)
+        on, off = (partial(step, policy, asked.rows, shared=shared) for shared in (True, False))
         print(f"prompt of a {name} read once: {measure(on, off, asked.repeats)}")
 
 
