@@ -12,6 +12,7 @@ import torch
 from fast_some import fast_some
 from toy_runs import WriteRows, column, demonstrations, interrupt_after, log_lines, pairs, prompts, settings
 
+from rlhf.data.forest import PADDING, Forest
 from rlhf.infra.config import load_config
 from rlhf.infra.experiment import Run
 from rlhf.infra.interrupt import Stopped
@@ -160,16 +161,28 @@ def test_a_run_taken_up_again_is_profiled_all_the_same(
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(tokens, of which padding) of every pass of a training step from here on, by mask where there is a plain one.
 
-    Rows that are packed or share prompts are told by their ids: of the words in files none has that of padding.
+    Rows that are packed, and pairs, are told by their ids: of the words in files none has that of padding. Answers that
+    were sampled may have it, and are told by their branches.
     """
     found: list[tuple[int, int]] = []
-    hidden, step, inside = Backbone.hidden, SupervisedLoop._one_step, []
+    hidden, hidden_of, step = Backbone.hidden, Backbone.hidden_of, SupervisedLoop._one_step
+    inside, in_forest = [], []
+
+    def note(padding: torch.Tensor) -> None:
+        if inside or torch.is_grad_enabled():
+            found.append((padding.numel(), int(padding.sum())))
 
     def watched(self: Backbone, ids: torch.Tensor, mask: torch.Tensor | None = None, *rest: Any, **named: Any) -> Any:
-        if inside or torch.is_grad_enabled():
-            padding = ids == 0 if mask is None or mask.dim() != 2 else ~mask
-            found.append((ids.numel(), int(padding.sum())))
+        if not in_forest:
+            note(ids == 0 if mask is None or mask.dim() != 2 else ~mask)
         return hidden(self, ids, mask, *rest, **named)
+
+    def watched_of(self: Backbone, forest: Forest, **named: Any) -> Any:
+        note(forest.branch_BT == PADDING)
+        in_forest.append(forest)
+        read = hidden_of(self, forest, **named)
+        in_forest.clear()
+        return read
 
     def one_step(loop: Any) -> Any:
         inside.append(loop)
@@ -178,6 +191,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return report
 
     monkeypatch.setattr(Backbone, "hidden", watched)
+    monkeypatch.setattr(Backbone, "hidden_of", watched_of)
     monkeypatch.setattr(SupervisedLoop, "_one_step", one_step)
     return found
 
