@@ -33,7 +33,11 @@ def sft(tmp_path: Path, base: Path, data: Path, name: str, *more: str) -> Run:
     return run_sft(load_config(SFTConfig, overrides=[*shared, *more]))
 
 
-@pytest.mark.parametrize("more", [(), ("packing=true", "data.max_length=24")], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "more",
+    fast_some([(), ("packing=true", "data.max_length=24")], ("packing=true", "data.max_length=24")),
+    ids=["padded", "packed"],
+)
 def test_sft_learns_sixteen_answers_by_heart(
     tmp_path: Path, base: Path, write_rows: WriteRows, more: tuple[str, ...]
 ) -> None:
@@ -102,7 +106,7 @@ def reward(tmp_path: Path, base: Path, data: Path, name: str, *more: str) -> Run
     return run_reward(load_config(RewardConfig, overrides=[*shared, "model.lora.r=4", *more]))
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("train", fast_some(["lora", "full"], "lora"))
 def test_reward_model_separates_what_is_separable(
     tmp_path: Path, base: Path, write_rows: WriteRows, train: str
 ) -> None:
@@ -157,7 +161,7 @@ def dpo(tmp_path: Path, base: Path, data: Path, name: str, *more: str) -> Run:
     return run_dpo(load_config(DPOConfig, overrides=[*shared, "model.lora.r=4", *more]))
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("train", fast_some(["lora", "full"], "full"))
 def test_dpo_starts_at_ln_2_and_falls(tmp_path: Path, base: Path, write_rows: WriteRows, train: str) -> None:
     run = dpo(
         tmp_path,

@@ -148,6 +148,7 @@ def test_ppo_with_a_sound_reward_model(tmp_path: Path, ppo: list[str]) -> None:
     assert levels == dict.fromkeys(names, "green")
 
 
+@pytest.mark.slow
 def test_grpo_is_checked_like_ppo_and_its_verifiers_against_the_prompts(tmp_path: Path, ppo: list[str]) -> None:
     levels = diagnosed("grpo", *ppo, f"reward_model={tmp_path / 'reward'}")
     names = ["T10", "T6", "start", "T3", "T4", "T2", "T1", "P2", "P1", "P8", "V9", "V8", "O12"]
@@ -155,6 +156,7 @@ def test_grpo_is_checked_like_ppo_and_its_verifiers_against_the_prompts(tmp_path
     assert diagnosed("grpo", *ppo, "rewards=[{name: math_answer}]") == {"T10": "green", "T6": "green", "start": "red"}
 
 
+@pytest.mark.slow
 def test_ppo_is_checked_on_a_rollout_even_where_its_reward_model_has_no_head(tmp_path: Path, ppo: list[str]) -> None:
     (tmp_path / "reward" / HEAD_FILE).unlink()
     levels = diagnosed("ppo", *ppo, f"reward_model={tmp_path / 'reward'}")
