@@ -100,11 +100,12 @@ class ResponseRows:
         """Hidden states (M, D) from which the response tokens were drawn."""
         self.backbone.num_tokens_read += self.num_tokens
         read_BT = self.action_mask_BT.roll(-1, dims=1)  # a token is predicted from the place before it
-        if self.forest is None:
-            return self.backbone.hidden(self.input_ids_BT, self.attention_mask_BT, adapter=adapter, wanted_BT=read_BT)[
-                read_BT
-            ]
-        return self.backbone.hidden_of(self.forest, adapter=adapter, wanted_BT=read_BT)[read_BT]
+        if self.forest is not None:
+            hidden_BTD = self.backbone.hidden_of(self.forest, adapter=adapter, wanted_BT=read_BT)
+        else:
+            ids_BT, mask_BT = self.input_ids_BT, self.attention_mask_BT
+            hidden_BTD = self.backbone.hidden(ids_BT, mask_BT, adapter=adapter, wanted_BT=read_BT)
+        return hidden_BTD[read_BT]
 
     def statistics(
         self, adapter: str | None, hidden_MD: Tensor, temperature: float, *, entropy_gradient: bool

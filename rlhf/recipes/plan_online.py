@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -149,10 +150,9 @@ def trace_generation(
     uniforms_NR = torch.zeros(num_rows, config.max_new_tokens, dtype=torch.float64)
     merge = config.merge_adapter and backbone.dtype_name == "fp32" and not backbone.is_quantised
     heads, width = _key_shape(backbone)
-    num_prompts = len(set(zip(prompt_ids_NP[:, -1].tolist(), mask_NP[:, 0].tolist(), strict=True)))
     tracer.cache_shapes = {
         shape
-        for count in (num_rows, num_prompts)
+        for count in (ceil(num_rows / group), num_rows)  # while prompts are read, and answers drawn
         for shape in ((count, heads, capacity, width), (count, heads, width, capacity))
     }
     if merge and policy.adapter is not None:
